@@ -1,0 +1,1 @@
+"""Serving of sliced checkpoints: the vLLM model plugin and the OpenAI-compatible application."""

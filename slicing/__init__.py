@@ -1,0 +1,1 @@
+"""Offline slicing of language models (SliceGPT, arXiv 2401.15024)."""
