@@ -1,0 +1,140 @@
+"""The sliced checkpoint on disk: written beside and renamed, read and checked (docs/checkpoint.md)."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sliceserve.slicing.config import CAUSAL_LM, MODEL_TYPE, SlicedConfig, Slicing, parse_slicing
+from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.modeling import expected_shapes
+from sliceserve.slicing.weights import ShardReader, check_shapes
+
+PROVENANCE = "provenance.json"
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """What a sliced checkpoint holds.
+
+    Attributes:
+        slicing: the `slicing` object of its config.
+        sliced_parameters: numbers stored, rotations and head included.
+        rotation_parameters: those of the residual rotations alone.
+        bytes: of all files of the directory.
+        dtype: of the stored weights.
+        provenance: how it was made.
+
+    """
+
+    directory: Path
+    slicing: Slicing
+    sliced_parameters: int
+    rotation_parameters: int
+    bytes: int
+    dtype: str
+    provenance: dict[str, Any]
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the dense model as its user stored it."""
+        return self.slicing.dense_parameters
+
+    @property
+    def ratio(self) -> float:
+        """True size: sliced over dense parameters."""
+        return self.sliced_parameters / self.dense_parameters
+
+
+@contextmanager
+def staged_directory(output: Path, expected_bytes: int) -> Iterator[Path]:
+    """Give a directory beside `output` that becomes `output` when all went well.
+
+    Whatever ends the block early, an interrupt too, removes what was written.
+
+    Raises:
+        UserError: `output` exists, its parent cannot be written, or the disk is (or gets) full.
+
+    """
+    if output.exists() or output.is_symlink():
+        raise UserError(f"--output {str(output)!r} exists already")
+    staging = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(output.parent).free
+        if free < expected_bytes:
+            raise UserError(
+                f"--output {str(output)!r} needs about {expected_bytes / 1e9:.2f} GB and its disk "
+                f"has {free / 1e9:.2f} GB left"
+            )
+        staging.mkdir()
+        yield staging
+        sync_directory(staging)
+        staging.rename(output)
+    except OSError as error:
+        raise UserError(f"--output {str(output)!r} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def sync_directory(directory: Path) -> None:
+    """Flush every file of a directory to disk, so that a rename never names half a checkpoint."""
+    for path in [*directory.iterdir(), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_sliced_config(directory: Path) -> SlicedConfig:
+    """Read and check the config.json of a sliced checkpoint.
+
+    Raises:
+        UserError: no such directory, no readable config, not a sliced model, or a newer format.
+
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"DIR {str(directory)!r} is no checkpoint: it holds no config.json")
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"config {str(path)!r} is not JSON: {error}") from error
+    if not isinstance(fields, dict) or fields.get("model_type") != MODEL_TYPE:
+        raise UserError(
+            f"DIR {str(directory)!r} is not a sliced checkpoint; make one with `sliceserve slice`"
+        )
+    if fields.get("architectures") != [CAUSAL_LM]:
+        raise UserError(f"config {str(path)!r} must name the architecture {CAUSAL_LM}")
+    parse_slicing(fields.get("slicing") or {}, fields.get("num_hidden_layers", 0))
+    return SlicedConfig.from_dict(fields)
+
+
+def read_checkpoint_summary(directory: Path) -> CheckpointSummary:
+    """Read a sliced checkpoint's headers and check every tensor's name and shape; no weights.
+
+    Raises:
+        UserError: not a sliced checkpoint, a newer format, or corrupt, missing or wrong tensors.
+
+    """
+    config = read_sliced_config(directory)
+    shapes = ShardReader(directory).shapes()
+    check_shapes(f"DIR {str(directory)!r}", shapes, expected_shapes(config))
+    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    provenance = directory / PROVENANCE
+    return CheckpointSummary(
+        directory=directory,
+        slicing=config.description,
+        sliced_parameters=sum(sizes.values()),
+        rotation_parameters=sum(n for name, n in sizes.items() if ".residual_rotation." in name),
+        bytes=sum(file.stat().st_size for file in directory.iterdir() if file.is_file()),
+        dtype=str(config.dtype).removeprefix("torch."),
+        provenance=json.loads(provenance.read_text()) if provenance.exists() else {},
+    )

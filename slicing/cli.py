@@ -1,0 +1,212 @@
+"""The command line: slice, inspect, perplexity and serve."""
+
+import argparse
+import importlib.metadata
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+from sliceserve.slicing.errors import UserError
+
+EXIT_USER_ERROR = 2
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports bad arguments the way every other user error is reported: one sentence, code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message as a user error."""
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code; 2 for anything the user can mend."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return run(list(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        print(f"sliceserve: error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("sliceserve: interrupted; nothing half written is left", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def run(arguments: list[str]) -> int:
+    """Parse and run one command."""
+    if arguments[:1] == ["serve"]:
+        # vLLM's own parser reads these options, so that all of them pass through.
+        from sliceserve.server.serve import main as serve
+
+        return serve(arguments[1:])
+    options = vars(make_parser().parse_args(arguments))
+    command: Callable[..., int] = options.pop("command")
+    return command(**options)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe all commands; what they do is imported only when one runs."""
+    parser = Parser(
+        prog="sliceserve", description=importlib.metadata.metadata("sliceserve")["Summary"]
+    )
+    version = importlib.metadata.version("sliceserve")
+    parser.add_argument("--version", action="version", version=f"sliceserve {version}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_slice(commands)
+    _add_inspect(commands)
+    _add_perplexity(commands)
+    commands.add_parser("serve", help="serve a sliced checkpoint with an OpenAI-compatible API")
+    return parser
+
+
+def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = commands.add_parser(
+        "slice",
+        help="delete a fraction of a model's hidden dimension and write the smaller model",
+        description="Slice a model offline: the paper's algorithm (arXiv 2401.15024), dense "
+        "weights out. The output directory appears only when it is complete.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(command=slice_command)
+    parser.add_argument("model", metavar="MODEL", help="a directory, a hub id or a .gguf file")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="directory to make"
+    )
+    parser.add_argument(
+        "--fraction",
+        type=_fraction,
+        default=0.25,
+        help="of the hidden dimension to delete, in [0, 1); the parameters removed are fewer",
+    )
+    parser.add_argument(
+        "--calibration",
+        default="wikitext2-excerpt",
+        metavar="NAME|FILE",
+        help="a UTF-8 text file, or the text that ships with the package: wikitext2-excerpt",
+    )
+    parser.add_argument("--samples", type=_positive, default=64, help="calibration windows")
+    parser.add_argument("--sequence-length", type=_window, default=2048, help="tokens in a window")
+    parser.add_argument(
+        "--round-to", type=_positive, default=8, help="keep a multiple of this many columns"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="chooses the windows")
+    parser.add_argument("--device", help="where to compute, for instance cuda:0 (a GPU if any)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights written (the model's)")
+
+
+def _add_inspect(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = commands.add_parser("inspect", help="show what a sliced checkpoint holds")
+    parser.set_defaults(command=inspect_command)
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a sliced checkpoint")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
+
+
+def _add_perplexity(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = commands.add_parser(
+        "perplexity",
+        help="measure a dense or sliced model on a text",
+        description="One stream of tokens, consecutive windows, no overlap; the mean is over "
+        "predicted tokens.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(command=perplexity_command)
+    parser.add_argument("model", metavar="MODEL_OR_DIR", help="a dense or a sliced model")
+    parser.add_argument("--text", required=True, metavar="FILE", help="a UTF-8 text file")
+    parser.add_argument("--sequence-length", type=_window, default=2048, help="tokens in a window")
+    parser.add_argument("--samples", type=_positive, help="windows, from the start (all)")
+    parser.add_argument("--device", help="where to compute, for instance cuda:0 (a GPU if any)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="to compute in (float32 on a CPU, else the model's)"
+    )
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
+
+
+def slice_command(device: str | None, **options: object) -> int:
+    """Run `sliceserve slice`."""
+    from sliceserve.slicing.job import SliceOptions, run_slice
+    from sliceserve.slicing.report import describe
+    from sliceserve.slicing.source import quiet_transformers
+
+    quiet_transformers()
+    chosen = SliceOptions(device=device or _default_device(), **options)  # type: ignore[arg-type]
+    print(describe(run_slice(chosen)))
+    return 0
+
+
+def inspect_command(directory: Path, as_json: bool) -> int:
+    """Run `sliceserve inspect`."""
+    from sliceserve.slicing.checkpoint import read_checkpoint_summary
+    from sliceserve.slicing.report import as_fields, describe
+
+    summary = read_checkpoint_summary(directory)
+    print(json.dumps(as_fields(summary), indent=2) if as_json else describe(summary))
+    return 0
+
+
+def perplexity_command(
+    model: str,
+    text: str,
+    sequence_length: int,
+    samples: int | None,
+    device: str | None,
+    dtype: str | None,
+    as_json: bool,
+) -> int:
+    """Run `sliceserve perplexity`."""
+    from sliceserve.slicing.perplexity import measure_text
+    from sliceserve.slicing.source import quiet_transformers
+
+    quiet_transformers()
+    result = measure_text(model, text, sequence_length, samples, device or _default_device(), dtype)
+    if as_json:
+        print(json.dumps(asdict(result), indent=2))
+    else:
+        print(
+            f"perplexity {result.perplexity:.4f} over {result.predicted_tokens} tokens "
+            f"({result.windows} windows of {result.sequence_length})"
+        )
+    return 0
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _window(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"{text} is less than 2, and a window must predict")
+    return value
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+# argparse names a failed type by its function.
+_fraction.__name__ = "fraction"
+_positive.__name__ = "number"
+_window.__name__ = "number"
+
+if __name__ == "__main__":
+    sys.exit(main())

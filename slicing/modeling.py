@@ -1,0 +1,195 @@
+"""The sliced model in Transformers: the reference that vLLM is compared with.
+
+Importing this module makes `AutoModelForCausalLM.from_pretrained(DIR)` read sliced checkpoints.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from sliceserve.slicing.architectures import Architecture, Sublayer, find_architecture
+from sliceserve.slicing.config import SlicedConfig, register_config
+
+ROTATION = "residual_rotation"
+
+
+class SlicedNorm(nn.Module):
+    """RMSNorm over the d kept columns of a D-wide stream, y = x·rsqrt(mean(x²) + eps·D/d).
+
+    It divides by √(D/d) less than the dense norm does; that constant is folded into the linears
+    that read y, which keeps the norm exact and without weights (design: norm over the original D).
+    """
+
+    def __init__(self, width: int, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps * hidden_size / width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm the last axis in float32 or better: [..., width] to [..., width]."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class SlicedLayer(nn.Module):
+    """A decoder layer on a stream that changes width: x ← x·S + Σ branch(norm(x)).
+
+    The branches are the dense layer's own modules, with linears of reduced width.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        architecture: Architecture,
+        widths: list[int],
+        hidden_size: int,
+        eps: float,
+    ) -> None:
+        """Take over the modules of `dense`; `widths` has one entry per sublayer and one more."""
+        super().__init__()
+        self.architecture = architecture
+        for name, child in dense.named_children():
+            self.add_module(name, child)
+        rotations = []
+        for sublayer, width, next_width in zip(
+            architecture.sublayers, widths[:-1], widths[1:], strict=True
+        ):
+            self.set_submodule(sublayer.norm, SlicedNorm(width, hidden_size, eps))
+            for path in sublayer.reads:
+                self._resize(path, in_features=width)
+            for path in sublayer.writes:
+                self._resize(path, out_features=next_width)
+            rotations.append(nn.Linear(width, next_width, bias=False))
+        self.add_module(ROTATION, nn.ModuleList(rotations))
+
+    def _resize(
+        self, path: str, in_features: int | None = None, out_features: int | None = None
+    ) -> None:
+        old = self.get_submodule(path)
+        new = nn.Linear(
+            in_features or old.in_features,
+            out_features or old.out_features,
+            bias=old.bias is not None,
+            device=old.weight.device,
+            dtype=old.weight.dtype,
+        )
+        self.set_submodule(path, new)
+
+    def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
+        """Run the layer: [batch, positions, widths[0]] to [batch, positions, widths[-1]]."""
+        rotations = self.get_submodule(ROTATION)
+        for sublayer, rotation in zip(self.architecture.sublayers, rotations, strict=True):
+            update = self.branches(sublayer, hidden_states, context)
+            hidden_states = rotation(hidden_states) + update
+        return hidden_states
+
+    def branches(self, sublayer: Sublayer, hidden_states: Tensor, context: Any) -> Tensor:
+        """Return Σ branch(norm(x)): what the sublayer adds to the stream."""
+        normed = self.get_submodule(sublayer.norm)(hidden_states)
+        outputs = [self._chain(chain, normed, context) for chain in sublayer.branches]
+        return sum(outputs[1:], start=outputs[0])
+
+    def _chain(self, chain: tuple[str, ...], x: Tensor, context: Any) -> Tensor:
+        for path in chain:
+            module = self.get_submodule(path)
+            x = module(x, **context)[0] if path == self.architecture.attention else module(x)
+        return x
+
+
+class SlicedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A sliced decoder language model; weights carry the names of the dense model."""
+
+    config_class = SlicedConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _no_split_modules = ("SlicedLayer",)
+
+    def __init__(self, config: SlicedConfig) -> None:
+        super().__init__(config)
+        slicing = config.description
+        architecture = find_architecture(slicing.architecture)
+        base_config = config.base()
+        base = AutoModelForCausalLM.from_config(base_config, dtype=torch.get_default_dtype())
+        resize_model(base, architecture, slicing.widths, getattr(config, architecture.norm_eps))
+        for name, child in base.named_children():
+            self.add_module(name, child)
+        self.head_path = architecture.head
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
+        path = find_architecture(self.config.description.architecture).embeddings[0]
+        return self.get_submodule(path)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the head."""
+        return self.get_submodule(self.head_path)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return the logits [batch, positions, vocab] and, with labels, the mean loss in nats."""
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.get_submodule(self.head_path)(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def resize_model(
+    model: nn.Module, architecture: Architecture, widths: list[int], eps: float
+) -> None:
+    """Give a dense model of `architecture` the shapes of a sliced one, in place; no weights kept.
+
+    Args:
+        model: a dense model, on any device (meta too).
+        architecture: its description.
+        widths: columns at each place of the residual stream.
+        eps: the epsilon of the dense norms.
+
+    """
+    hidden_size, step = widths[-1], len(architecture.sublayers)
+    for path in architecture.embeddings:
+        table = model.get_submodule(path)
+        narrow = nn.Embedding(
+            table.num_embeddings,
+            widths[0],
+            device=table.weight.device,
+            dtype=table.weight.dtype,
+        )
+        model.set_submodule(path, narrow)
+    layers = model.get_submodule(architecture.layers)
+    for index, layer in enumerate(layers):
+        around = widths[index * step : (index + 1) * step + 1]
+        layers[index] = SlicedLayer(layer, architecture, around, hidden_size, eps)
+    model.set_submodule(architecture.final_norm, SlicedNorm(hidden_size, hidden_size, eps))
+
+
+def expected_shapes(config: SlicedConfig) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every tensor that a checkpoint with this config must hold."""
+    with torch.device("meta"):
+        model = SlicedForCausalLM(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+
+
+register_config()
+AutoModelForCausalLM.register(SlicedConfig, SlicedForCausalLM, exist_ok=True)

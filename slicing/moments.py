@@ -1,0 +1,41 @@
+"""Second moments of the residual stream and their principal bases, in float64.
+
+Float32 here costs 0.4 to 1.8 perplexity on Llama-2-7B (SliceGPT, table 4).
+"""
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.01
+
+
+class SecondMoment:
+    """The uncentred second moment C = Σ xxᵀ of rows x, accumulated in float64."""
+
+    def __init__(self, hidden_size: int, device: torch.device) -> None:
+        self.sum = torch.zeros(hidden_size, hidden_size, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Add the rows of x, [..., hidden_size]."""
+        rows = x.reshape(-1, x.shape[-1]).to(torch.float64)
+        self.sum.addmm_(rows.T, rows)
+
+
+def principal_basis(moment: Tensor, width: int) -> Tensor:
+    """Return the eigenvectors of the `width` largest eigenvalues of a damped second moment.
+
+    The damping, 1 % of the mean diagonal, is the published implementation's; it leaves the
+    eigenvectors as they are and helps the decomposition when calibration rows are few.
+
+    Args:
+        moment: C, [hidden_size, hidden_size], float64.
+        width: columns to keep.
+
+    Returns:
+        U, [hidden_size, width], float64, orthonormal columns, falling eigenvalues.
+
+    """
+    damped = moment.clone()
+    damped.diagonal().add_(DAMPING * moment.diagonal().mean())
+    _, vectors = torch.linalg.eigh(damped)
+    return vectors.flip(-1)[:, :width].contiguous()

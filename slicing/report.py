@@ -1,0 +1,47 @@
+"""What a person reads about a sliced checkpoint."""
+
+from collections import Counter
+from typing import Any
+
+from sliceserve.slicing.checkpoint import CheckpointSummary
+
+
+def as_fields(summary: CheckpointSummary) -> dict[str, Any]:
+    """Return a summary as plain JSON values."""
+    return {
+        "directory": str(summary.directory),
+        "slicing": summary.slicing.model_dump(),
+        "dense_parameters": summary.dense_parameters,
+        "sliced_parameters": summary.sliced_parameters,
+        "rotation_parameters": summary.rotation_parameters,
+        "ratio": summary.ratio,
+        "bytes": summary.bytes,
+        "dtype": summary.dtype,
+        "provenance": summary.provenance,
+    }
+
+
+def describe(summary: CheckpointSummary) -> str:
+    """Return a summary in a few lines."""
+    slicing = summary.slicing
+    *inner, hidden_size = slicing.widths
+    widths = ", ".join(f"{width} at {count} places" for width, count in Counter(inner).items())
+    rotations = summary.rotation_parameters / summary.sliced_parameters
+    lines = {
+        "checkpoint": f"{summary.directory} (format {slicing.format_version}, {summary.dtype})",
+        "base": slicing.architecture,
+        "width": f"{widths} of the residual stream, {hidden_size} before the head",
+        "parameters": f"{summary.sliced_parameters:,}, {summary.ratio:.1%} of the dense "
+        f"{summary.dense_parameters:,} (rotations {rotations:.1%} of the sliced)",
+        "on disk": f"{summary.bytes / 1e6:,.1f} MB",
+    }
+    if source := summary.provenance.get("source"):
+        lines["source"] = f"{source['model']} (sha256 {source['sha256'][:16]}…)"
+    if options := summary.provenance.get("options"):
+        lines["calibration"] = (
+            f"{options['calibration']}, {options['samples']} × {options['sequence_length']} "
+            f"tokens, seed {options['seed']}, fraction {options['fraction']}"
+        )
+    if summary.ratio >= 1:
+        lines["note"] = "not smaller than the dense model: rotations and an untied head outweigh it"
+    return "\n".join(f"{name:<12} {text}" for name, text in lines.items())

@@ -1,0 +1,192 @@
+"""Lazy reading of dense weights and streamed writing of safetensors shards."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sliceserve.slicing.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4 * 2**30
+
+
+class TensorReader(Protocol):
+    """Tensors by name, read when asked for."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor."""
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, on the CPU, in its stored dtype."""
+
+
+class ShardReader:
+    """Reads the safetensors shards of a directory, one tensor at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open every shard's header.
+
+        Raises:
+            UserError: no safetensors file, an index that names a missing or wrong shard, or a
+                shard that is corrupt or truncated.
+
+        """
+        self.files = shard_files(directory)
+        self._where: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file in self.files:
+            try:
+                with safe_open(file, framework="pt") as shard:
+                    for name in shard.keys():  # noqa: SIM118 - a shard is not a mapping
+                        self._where[name] = file
+                        self._shapes[name] = tuple(shard.get_slice(name).get_shape())
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"shard {str(file)!r} is corrupt or truncated: {error}") from error
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor."""
+        return dict(self._shapes)
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, on the CPU, in its stored dtype."""
+        with safe_open(self._where[name], framework="pt") as shard:
+            tensor: Tensor = shard.get_tensor(name)
+        return tensor
+
+
+class MemoryReader:
+    """The same for tensors that are in memory already (a dequantised GGUF file)."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor."""
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor."""
+        return self._tensors[name]
+
+
+def shard_files(directory: Path) -> list[Path]:
+    """Return the safetensors files of a model directory, sorted.
+
+    Raises:
+        UserError: there is none, or the index cannot be read or names a file that is not there.
+
+    """
+    index = directory / INDEX
+    if not index.exists():
+        single = directory / "model.safetensors"
+        if not single.exists():
+            raise UserError(f"model {str(directory)!r} holds no model.safetensors and no {INDEX}")
+        return [single]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"index {str(index)!r} cannot be read: {error}") from error
+    files = [directory / name for name in names]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise UserError(f"model {str(directory)!r} lacks its shards {', '.join(missing)}")
+    return files
+
+
+def check_shapes(
+    where: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Compare tensors with what a config implies.
+
+    Raises:
+        UserError: lists all missing, unexpected and misshapen tensors in one sentence.
+
+    """
+    problems = compare_shapes(found, expected)
+    if problems:
+        raise UserError(f"{where} does not hold the tensors its config implies: {problems}")
+
+
+def compare_shapes(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Return all missing, unexpected and misshapen tensors in words, '' if there are none."""
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    misshapen = [
+        f"{name} is {list(found[name])} and not {list(expected[name])}"
+        for name in sorted(found.keys() & expected.keys())
+        if found[name] != expected[name]
+    ]
+    lists = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
+
+
+def hash_files(files: Iterable[Path]) -> str:
+    """Return the SHA-256 (hex) over the contents of files, in the order given."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+class ShardWriter:
+    """Writes tensors as they come into shards of at most `shard_bytes`, then the index."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> None:
+        self.directory = directory
+        self.dtype = dtype
+        self.parameters = 0
+        self._shard_bytes = shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._total_bytes = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor; it is cast to the dtype of the checkpoint."""
+        stored = tensor.detach().to(self.dtype).cpu().contiguous()
+        size = stored.numel() * stored.element_size()
+        if self._pending and self._pending_bytes + size > self._shard_bytes:
+            self._flush()
+        self._pending[name] = stored
+        self._pending_bytes += size
+        self._total_bytes += size
+        self.parameters += stored.numel()
+
+    def finish(self) -> None:
+        """Write what is pending, give the shards their final names and write the index."""
+        self._flush()
+        weight_map = {}
+        count = len(self._shards)
+        for number, names in enumerate(self._shards, start=1):
+            final = f"model-{number:05d}-of-{count:05d}.safetensors"
+            self._temporary(number).rename(self.directory / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {
+            "metadata": {"total_size": self._total_bytes, "total_parameters": self.parameters},
+            "weight_map": weight_map,
+        }
+        (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _temporary(self, number: int) -> Path:
+        return self.directory / f"shard-{number:05d}.tmp"
+
+    def _flush(self) -> None:
+        self._shards.append(list(self._pending))
+        try:
+            save_file(self._pending, self._temporary(len(self._shards)), metadata={"format": "pt"})
+        except SafetensorError as error:
+            # safetensors wraps the operating system's errors; a full disk must stay one.
+            raise OSError(str(error)) from error
+        self._pending = {}
+        self._pending_bytes = 0
