@@ -1,7 +1,7 @@
 """Decoder architectures as data: where the residual stream is normed, read and written.
 
-A decoder layer is a list of sublayers, x ← x + Σ branch(norm(x)). One description serves the slicer,
-the Transformers model and the vLLM plugin; a further architecture is one more value here.
+A decoder layer is a list of sublayers, x ← x + Σ branch(norm(x)). One description serves the
+slicer, the Transformers model and the vLLM plugin; a further architecture is one more value here.
 """
 
 from dataclasses import dataclass

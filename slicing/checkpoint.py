@@ -1,4 +1,4 @@
-"""The sliced checkpoint on disk: written beside and renamed, read and checked (docs/checkpoint.md)."""
+"""The sliced checkpoint on disk (docs/checkpoint.md): written beside, renamed, read, checked."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import torch
 
 from sliceserve.slicing.config import CAUSAL_LM, MODEL_TYPE, SlicedConfig, Slicing, parse_slicing
 from sliceserve.slicing.errors import UserError
-from sliceserve.slicing.modeling import expected_shapes
+from sliceserve.slicing.modeling import ROTATION, expected_shapes
 from sliceserve.slicing.weights import ShardReader, check_shapes
 
 PROVENANCE = "provenance.json"
@@ -114,7 +114,8 @@ def read_sliced_config(directory: Path) -> SlicedConfig:
     if fields.get("architectures") != [CAUSAL_LM]:
         raise UserError(f"config {str(path)!r} must name the architecture {CAUSAL_LM}")
     parse_slicing(fields.get("slicing") or {}, fields.get("num_hidden_layers", 0))
-    return SlicedConfig.from_dict(fields)
+    config: SlicedConfig = SlicedConfig.from_dict(fields)
+    return config
 
 
 def read_checkpoint_summary(directory: Path) -> CheckpointSummary:
@@ -133,7 +134,7 @@ def read_checkpoint_summary(directory: Path) -> CheckpointSummary:
         directory=directory,
         slicing=config.description,
         sliced_parameters=sum(sizes.values()),
-        rotation_parameters=sum(n for name, n in sizes.items() if ".residual_rotation." in name),
+        rotation_parameters=sum(n for name, n in sizes.items() if f".{ROTATION}." in name),
         bytes=sum(file.stat().st_size for file in directory.iterdir() if file.is_file()),
         dtype=str(config.dtype).removeprefix("torch."),
         provenance=json.loads(provenance.read_text()) if provenance.exists() else {},

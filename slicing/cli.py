@@ -199,7 +199,7 @@ def _window(text: str) -> int:
     return value
 
 
-def _interrupt(signum: int, frame: object) -> NoReturn:
+def _interrupt(_signum: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 

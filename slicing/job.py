@@ -104,7 +104,7 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> CheckpointSu
 
 
 def copy_generation_config(model: DenseModel, staging: Path) -> None:
-    """Copy the generation defaults (end-of-sequence ids, sampling), or derive them from the config."""
+    """Copy the generation defaults (end-of-sequence ids, sampling), or derive them."""
     path = model.location.directory / "generation_config.json"
     if not model.location.gguf_file and path.is_file():
         (staging / path.name).write_bytes(path.read_bytes())

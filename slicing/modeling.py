@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from sliceserve.slicing.architectures import Architecture, Sublayer, find_architecture
 from sliceserve.slicing.config import SlicedConfig, register_config
 
-ROTATION = "residual_rotation"
+ROTATION = "residual_rotation"  # of a layer: one rotation a sublayer
 
 
 class SlicedNorm(nn.Module):
@@ -62,12 +62,12 @@ class SlicedLayer(nn.Module):
             for path in sublayer.writes:
                 self._resize(path, out_features=next_width)
             rotations.append(nn.Linear(width, next_width, bias=False))
-        self.add_module(ROTATION, nn.ModuleList(rotations))
+        self.residual_rotation = nn.ModuleList(rotations)
 
     def _resize(
         self, path: str, in_features: int | None = None, out_features: int | None = None
     ) -> None:
-        old = self.get_submodule(path)
+        old: Any = self.get_submodule(path)
         new = nn.Linear(
             in_features or old.in_features,
             out_features or old.out_features,
@@ -79,8 +79,8 @@ class SlicedLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
         """Run the layer: [batch, positions, widths[0]] to [batch, positions, widths[-1]]."""
-        rotations = self.get_submodule(ROTATION)
-        for sublayer, rotation in zip(self.architecture.sublayers, rotations, strict=True):
+        sublayers = self.architecture.sublayers
+        for sublayer, rotation in zip(sublayers, self.residual_rotation, strict=True):
             update = self.branches(sublayer, hidden_states, context)
             hidden_states = rotation(hidden_states) + update
         return hidden_states
@@ -123,11 +123,13 @@ class SlicedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embedding."""
         path = find_architecture(self.config.description.architecture).embeddings[0]
-        return self.get_submodule(path)
+        embedding: nn.Module = self.get_submodule(path)
+        return embedding
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the head."""
-        return self.get_submodule(self.head_path)
+        head: nn.Module = self.get_submodule(self.head_path)
+        return head
 
     def forward(
         self,
@@ -169,7 +171,7 @@ def resize_model(
     """
     hidden_size, step = widths[-1], len(architecture.sublayers)
     for path in architecture.embeddings:
-        table = model.get_submodule(path)
+        table: Any = model.get_submodule(path)
         narrow = nn.Embedding(
             table.num_embeddings,
             widths[0],
@@ -177,7 +179,7 @@ def resize_model(
             dtype=table.weight.dtype,
         )
         model.set_submodule(path, narrow)
-    layers = model.get_submodule(architecture.layers)
+    layers: Any = model.get_submodule(architecture.layers)
     for index, layer in enumerate(layers):
         around = widths[index * step : (index + 1) * step + 1]
         layers[index] = SlicedLayer(layer, architecture, around, hidden_size, eps)

@@ -37,5 +37,5 @@ def principal_basis(moment: Tensor, width: int) -> Tensor:
     """
     damped = moment.clone()
     damped.diagonal().add_(DAMPING * moment.diagonal().mean())
-    _, vectors = torch.linalg.eigh(damped)
+    vectors: Tensor = torch.linalg.eigh(damped).eigenvectors
     return vectors.flip(-1)[:, :width].contiguous()

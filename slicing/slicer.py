@@ -7,12 +7,14 @@ The head keeps its full width: the last writers and the last S lead back to all 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sliceserve.slicing.architectures import Sublayer
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.modeling import ROTATION, SlicedLayer
 from sliceserve.slicing.moments import SecondMoment, principal_basis
@@ -82,9 +84,8 @@ class Slicer:
 
         """
         architecture = self.model.architecture
-        layers = self.model.skeleton.get_submodule(architecture.layers)
-        assert isinstance(layers, nn.ModuleList)
-        batches = list(windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1])))
+        layers: Any = self.model.skeleton.get_submodule(architecture.layers)
+        batches = list(_split(windows, max(1, TOKENS_PER_BATCH // windows.shape[1])))
         contexts = self._record_contexts(layers, batches)
         steps = len(layers) * len(architecture.sublayers) * len(batches)
         with tqdm(total=steps, disable=not show_progress, unit="batch") as bar:
@@ -164,7 +165,7 @@ class Slicer:
                 self._assign(layer, name, weights[name])
             before = self.basis
             self._advance(
-                lambda x, s=sublayer: layer.branches(s, x, contexts[len(x)]),
+                partial(_branches, layer, sublayer, contexts),
                 index * step + number + 1,
                 advance,
             )
@@ -225,6 +226,16 @@ class Slicer:
         setattr(layer.get_submodule(path), leaf, parameter)
 
 
+def _branches(
+    layer: SlicedLayer, sublayer: Sublayer, contexts: dict[int, dict[str, Any]], x: Tensor
+) -> Tensor:
+    return layer.branches(sublayer, x, contexts[len(x)])
+
+
+def _split(rows: Tensor, size: int) -> tuple[Tensor, ...]:
+    return tuple(rows[start : start + size] for start in range(0, len(rows), size))
+
+
 class _Recorder(nn.Module):
     """Stands in for a decoder layer and keeps the keyword arguments it is called with."""
 
@@ -253,5 +264,5 @@ def _by_rows(
     table: Tensor, device: torch.device, dtype: torch.dtype, change: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Change a vocabulary table in float64, a few rows at a time to bound the memory."""
-    parts = (change(rows.to(device, torch.float64)) for rows in table.split(ROWS_PER_PRODUCT))
+    parts = (change(rows.to(device, torch.float64)) for rows in _split(table, ROWS_PER_PRODUCT))
     return torch.cat([part.to(dtype).cpu() for part in parts])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
@@ -99,10 +99,14 @@ class DenseModel:
     """A dense model on disk, its modules on the meta device and its weights read when asked for.
 
     Attributes:
+        location: where it lies.
+        config: its Transformers config.
+        architecture: the description of its class.
+        reader: its stored tensors.
+        files: the weight files.
         skeleton: the Transformers model; parameters on the meta device, buffers real.
         dtype: of the stored weights (bfloat16 for a GGUF file, which has many).
         parameters: as its user stores them, tied tables counted once.
-        sha256: over the weight files.
 
     """
 
@@ -152,7 +156,7 @@ def open_dense_model(model: str) -> DenseModel:
         skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     reader: TensorReader
     if location.gguf_file:
-        files = (location.directory / location.gguf_file,)
+        files: tuple[Path, ...] = (location.directory / location.gguf_file,)
         reader = MemoryReader(read_gguf(location))
         dtype = torch.bfloat16
     else:

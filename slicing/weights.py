@@ -166,7 +166,7 @@ class ShardWriter:
     def finish(self) -> None:
         """Write what is pending, give the shards their final names and write the index."""
         self._flush()
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         count = len(self._shards)
         for number, names in enumerate(self._shards, start=1):
             final = f"model-{number:05d}-of-{count:05d}.safetensors"

@@ -1,0 +1,39 @@
+"""Run vLLM once, in a process of its own, and print what it generated as one line of JSON."""
+
+import json
+import os
+import sys
+from typing import Any
+
+
+def main(directory: str, prompts: list[list[int]], tokens: int, options: dict[str, Any]) -> None:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model=directory,
+        dtype="float32",
+        max_model_len=128,
+        max_num_seqs=8,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        **options,
+    )
+    sampling = SamplingParams(
+        temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=1, detokenize=False
+    )
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
+    results = []
+    for output in outputs:
+        (completion,) = output.outputs
+        ids = list(completion.token_ids)
+        chosen = [
+            step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)
+        ]
+        results.append({"tokens": ids, "logprobs": chosen})
+    print("RESULT " + json.dumps(results), flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    request = json.loads(sys.argv[1])
+    main(**request)
