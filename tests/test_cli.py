@@ -1,0 +1,228 @@
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny, tiny_config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+from sliceserve.slicing.cli import main
+
+COMMAND = [sys.executable, "-m", "sliceserve.slicing.cli"]
+
+
+def small(model: Path | str, output: Path, *more: str) -> list[str]:
+    """Arguments of a slice that takes a second."""
+    return ["slice", str(model), "--output", str(output), "--samples", "4",
+            "--sequence-length", "32", *more]  # fmt: skip
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """Run arguments that must be refused and return the one sentence."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if line.startswith("sliceserve: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["slice"], "MODEL, --output"),
+        (["slice", "m", "--output", "o", "--fraction", "1"], "--fraction: 1 is not in [0, 1)"),
+        (["slice", "m", "--output", "o", "--fraction", "-0.1"], "-0.1 is not in [0, 1)"),
+        (["slice", "m", "--output", "o", "--fraction", "half"], "invalid fraction value: 'half'"),
+        (["slice", "m", "--output", "o", "--samples", "0"], "--samples: 0 is not a positive"),
+        (["slice", "m", "--output", "o", "--colour", "red"], "--colour red"),
+        (["slice", "no/such/model", "--output", "o"], "MODEL 'no/such/model' does not exist"),
+        (["slice", "missing.gguf", "--output", "o"], "MODEL 'missing.gguf' does not exist"),
+        (["slice", "m", "--output", "o", "--device", "cuda:99"], "--device 'cuda:99'"),
+        (["slice", "m", "--output", "o", "--calibration", "x"], "--calibration 'x' is no file"),
+        (["inspect", "no-such-dir"], "DIR 'no-such-dir' is no checkpoint"),
+        (["perplexity", "m", "--text", "none.txt"], "--text 'none.txt' is no file"),
+        (["dance"], "'dance'"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    assert "out' exists already" in refused(capsys, small(tiny, tmp_path / "out"))
+
+
+def test_a_short_text_says_how_many_windows_fit(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("a" * 100)
+    sentence = refused(capsys, small(tiny, tmp_path / "out", "--calibration", str(text)))
+    assert "too short for --samples 4 of --sequence-length 32: 3 fit" in sentence
+    sentence = refused(
+        capsys,
+        ["perplexity", str(tiny), "--text", str(text), "--sequence-length", "60", "--samples", "2"],
+    )
+    assert "--samples 2 of --sequence-length 60: 1 fit" in sentence
+
+
+def test_text_that_is_not_utf8_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "latin.txt"
+    text.write_bytes(b"caf\xe9 " * 100)
+    assert "is not UTF-8" in refused(
+        capsys, small(tiny, tmp_path / "out", "--calibration", str(text))
+    )
+
+
+def test_an_unsupported_architecture_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    sentence = refused(capsys, small(tmp_path / "gpt2", tmp_path / "out"))
+    assert "architecture 'GPT2LMHeadModel' is not supported" in sentence
+    assert "LlamaForCausalLM" in sentence
+
+
+def test_a_sliced_model_is_not_sliced_again(
+    tiny_sliced: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "is sliced already" in refused(capsys, small(tiny_sliced, tmp_path / "out"))
+
+
+def test_a_dense_model_is_not_inspected(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is not a sliced checkpoint" in refused(capsys, ["inspect", str(tiny)])
+
+
+def test_a_sequence_longer_than_the_positions_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = small(tiny, tmp_path / "out", "--sequence-length", "513")
+    assert "--sequence-length 513 is more than the 512 positions" in refused(capsys, arguments)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no-weights", "wrong-shape"])
+def test_a_damaged_source_is_refused(
+    damage: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path(shutil.copytree(tiny, tmp_path / "source"))
+    weights = source / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+        message = "is corrupt or truncated"
+    elif damage == "no-weights":
+        weights.unlink()
+        message = "holds no model.safetensors"
+    else:
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(config | {"intermediate_size": 100}))
+        message = "wrong shape: model.layers.0.mlp.down_proj.weight is [96, 160] and not [96, 100]"
+    assert message in refused(capsys, small(source, tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_corrupt_gguf_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(b"GGUF" + bytes(50))
+    assert "broken.gguf" in refused(capsys, small(file, tmp_path / "out"))
+
+
+def test_an_unknown_hub_id_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    sentence = refused(capsys, small("nobody/no-such-model", tmp_path / "out"))
+    assert "MODEL 'nobody/no-such-model'" in sentence
+
+
+def test_a_write_that_fails_half_way_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
+    """A file size limit fails the write of the shard like a full disk does."""
+
+    def limit_file_size() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    result = subprocess.run(
+        [*COMMAND, *small(tiny, tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        preexec_fn=limit_file_size,
+        check=False,
+    )
+    assert result.returncode == 2, result.stderr
+    assert "out' cannot be written: " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing(signum: signal.Signals, tiny: Path, tmp_path: Path) -> None:
+    arguments = small(tiny, tmp_path / "out", "--samples", "5000")
+    with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob(".out.partial-*")):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(process.pid, signum)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_slice_and_inspect_show_the_true_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = save_tiny(tmp_path / "dense", tiny_config(), torch.float32)
+    assert main(small(dense, tmp_path / "out", "--fraction", "0.3", "--dtype", "bfloat16")) == 0
+    printed = capsys.readouterr().out
+    assert "64 at 6 places of the residual stream, 96 before the head" in printed
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == printed
+    assert main(["inspect", str(tmp_path / "out"), "--json"]) == 0
+    fields = json.loads(capsys.readouterr().out)
+    assert fields["dtype"] == "bfloat16"
+    assert fields["ratio"] == fields["sliced_parameters"] / fields["dense_parameters"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny_sliced"])
+def test_perplexity_agrees_with_transformers(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory: Path = request.getfixturevalue(kind)
+    text = tmp_path / "text.txt"
+    text.write_text("Some text of a few hundred bytes, repeated with care. " * 12)
+    command = ["perplexity", str(directory), "--text", str(text), "--json"]
+    assert main([*command, "--sequence-length", "100", "--samples", "3"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    ids = AutoTokenizer.from_pretrained(directory)(text.read_text())["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    windows = torch.tensor(ids[:300]).reshape(3, 100)
+    with torch.no_grad():
+        loss = model(input_ids=windows, labels=windows).loss
+    assert result["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-5)
+    assert result["predicted_tokens"] == 3 * 99

@@ -1,0 +1,125 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_tiny, tiny_config
+from reference import Reference
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, MistralConfig
+
+from sliceserve.slicing.config import sliced_config
+from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.slicer import Slicer, sliced_width
+from sliceserve.slicing.source import open_dense_model
+from sliceserve.slicing.weights import ShardWriter
+
+IDS = torch.randint(0, 256, (6, 48), generator=torch.Generator().manual_seed(3))
+MISTRAL = MistralConfig(**(tiny_config().to_dict() | {"sliding_window": 16}))
+CONFIGS = {
+    "llama": tiny_config(),
+    "llama-biases": tiny_config(attention_bias=True, mlp_bias=True),
+    "llama-tied": tiny_config(tie_word_embeddings=True),
+    "mistral-sliding-window": MISTRAL,
+}
+
+
+def slice_to(dense: Path, output: Path, widths: list[int], dtype: torch.dtype) -> Any:
+    """Slice with everything in `dtype` and load the result with Transformers."""
+    output.mkdir()
+    model = open_dense_model(str(dense))
+    writer = ShardWriter(output, dtype, shard_bytes=100_000)
+    Slicer(model, widths, writer, torch.device("cpu"), dtype).run(IDS, show_progress=False)
+    writer.finish()
+    name = str(dtype).removeprefix("torch.")
+    sliced_config(model.config, model.architecture, widths, model.parameters, name).save_pretrained(
+        output
+    )
+    return AutoModelForCausalLM.from_pretrained(output, dtype=dtype).eval()
+
+
+def load_dense(directory: Path, dtype: torch.dtype) -> Any:
+    """Load with PyTorch's own RMSNorm: that of Transformers computes in float32 whatever comes."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    for path, module in list(model.named_modules()):
+        if path.endswith("norm"):
+            norm = torch.nn.RMSNorm(96, eps=model.config.rms_norm_eps, dtype=dtype)
+            norm.weight = module.weight
+            model.set_submodule(path, norm)
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor = IDS) -> Tensor:
+    result: Tensor = model(input_ids=ids).logits
+    return result
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rotating_without_slicing_changes_nothing(name: str, tmp_path: Path) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        dense = save_tiny(tmp_path / f"dense-{dtype}", CONFIGS[name], dtype)
+        expected = logits(load_dense(dense, dtype))
+        sliced = slice_to(dense, tmp_path / f"sliced-{dtype}", [96] * 7, dtype)
+        assert_close(logits(sliced), expected, rtol=0, atol=tolerance)
+
+
+def test_slicing_agrees_with_an_independent_implementation(tmp_path: Path) -> None:
+    dense = save_tiny(tmp_path / "dense", tiny_config(), torch.float64)
+    reference = Reference(str(dense), width=64)
+    reference.calibrate(IDS)
+    sliced = slice_to(dense, tmp_path / "sliced", [64] * 6 + [96], torch.float64)
+    fresh = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(4))
+    expected = reference.logits(fresh)
+    assert (expected - logits(reference.hf, fresh)).abs().max() > 0.1, "slicing must cost something"
+    assert_close(logits(sliced, fresh), expected, rtol=0, atol=1e-8)
+
+
+def test_widths_may_differ_from_place_to_place(tmp_path: Path) -> None:
+    dense = save_tiny(tmp_path / "dense", tiny_config(), torch.float64)
+    widths = [96, 96, 88, 96, 80, 96, 96]
+    expected = logits(load_dense(dense, torch.float64))
+    sliced = slice_to(dense, tmp_path / "sliced", widths, torch.float64)
+    got = logits(sliced)
+    assert got.shape == expected.shape
+    # Few directions are lost, so the model must stay close to the dense one; a wrong rotation
+    # between two widths would not.
+    cosine = torch.nn.functional.cosine_similarity(got.flatten(), expected.flatten(), dim=0)
+    assert cosine > 0.9
+
+
+def test_generation_with_a_cache_equals_generation_without(tiny_sliced: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_sliced, dtype=torch.float32).eval()
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    cached = model.generate(IDS[:2, :10], use_cache=True, **options)
+    assert_close(cached, model.generate(IDS[:2, :10], use_cache=False, **options))
+    assert cached.shape == (2, 22)
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "fraction", "round_to", "width"),
+    [(576, 0.25, 8, 432), (576, 0.2, 8, 456), (4096, 0.3, 128, 2816), (1000, 0.3, 1, 700)],
+)
+def test_width_is_a_multiple_and_never_more_than_asked(
+    hidden_size: int, fraction: float, round_to: int, width: int
+) -> None:
+    assert sliced_width(hidden_size, fraction, round_to) == width
+
+
+def test_fraction_zero_keeps_a_width_that_is_no_multiple() -> None:
+    assert sliced_width(100, 0, 64) == 100
+
+
+def test_a_width_of_zero_is_refused() -> None:
+    with pytest.raises(UserError, match="leaves none of the 96 columns"):
+        sliced_width(96, 0.9, 64)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    dense = save_tiny(tmp_path / "dense", tiny_config(), torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
+    model.save_pretrained(dense)
+    with pytest.raises(UserError, match="not finite at place 4"):
+        slice_to(dense, tmp_path / "sliced", [64] * 6 + [96], torch.float32)
