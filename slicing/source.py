@@ -171,6 +171,25 @@ def open_dense_model(model: str) -> DenseModel:
     return DenseModel(location, config, architecture, skeleton, reader, dtype, parameters, files)
 
 
+def write_dense(model: DenseModel, output: Path, dtype: torch.dtype) -> None:
+    """Write a dense model out as an ordinary Hugging Face checkpoint, for instance a GGUF file.
+
+    Args:
+        model: from `open_dense_model`.
+        output: directory to make.
+        dtype: of the weights written.
+
+    """
+    dense: Any = type(model.skeleton)(model.config).to(dtype)
+    weights = {name: model.read(name) for name, _ in model.skeleton.named_parameters()}
+    dense.load_state_dict(weights, strict=False)
+    dense.tie_weights()
+    # Transformers refuses to save what came from a GGUF file as long as its config says so.
+    vars(dense.config).pop("quantization_config", None)
+    dense.save_pretrained(output)
+    model.tokenizer().save_pretrained(output)
+
+
 def check_dense_shapes(
     model: str,
     found: Mapping[str, tuple[int, ...]],

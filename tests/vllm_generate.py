@@ -26,9 +26,7 @@ def main(directory: str, prompts: list[list[int]], tokens: int, options: dict[st
     for output in outputs:
         (completion,) = output.outputs
         ids = list(completion.token_ids)
-        chosen = [
-            step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)
-        ]
+        chosen = [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]
         results.append({"tokens": ids, "logprobs": chosen})
     print("RESULT " + json.dumps(results), flush=True)
 

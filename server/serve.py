@@ -1,0 +1,171 @@
+"""``sliceserve serve``: serve a sliced checkpoint over HTTP with vLLM."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pydantic import ValidationError
+
+from sliceserve.server import vllm_compat
+from sliceserve.slicing.checkpoint import read_checkpoint_summary
+from sliceserve.slicing.errors import UserError
+
+if TYPE_CHECKING:
+    import argparse
+    import socket
+    from collections.abc import Iterator
+    from types import FrameType
+
+_DESCRIPTION = """\
+Serve the sliced checkpoint in the directory DIR with vLLM over an OpenAI-compatible HTTP API:
+/v1/models, /v1/completions, /v1/chat/completions, /health and /metrics. Every option of
+`vllm serve` can follow DIR. The model is named after the directory unless --served-model-name
+is given.
+"""
+
+_EPILOG = """\
+For all options:          sliceserve serve --help=all
+For a section:            sliceserve serve --help=ModelConfig    (case-insensitive)
+For one option:           sliceserve serve --help=max-model-len  (_ or - accepted)
+"""
+
+
+_USE_VLLM = "run `vllm serve DIR` for that"
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal arrived before the server served."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def main(argv: list[str]) -> int:
+    """Run the server; returns its exit code. Raises UserError for what the user can mend."""
+    if not vllm_compat.is_installed():
+        raise UserError("serve: vLLM is not installed; install sliceserve[cuda] or sliceserve[cpu]")
+    vllm_compat.prepare_environment()
+    args = parse_arguments(argv)
+    summary = read_checkpoint_summary(Path(args.model))
+    with _user_errors():
+        vllm_compat.configure_logging(args)
+        vllm_compat.validate_serve_args(args)
+
+    # These need vLLM, whose absence is reported above.
+    import uvloop
+
+    from sliceserve.server.app import serve
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        address, bound = _bind(args)
+        with contextlib.closing(bound):
+            vllm_config = _engine_config(args)
+            return int(uvloop.run(serve(vllm_config, args, summary, address, bound)))
+    except _Stopped as stopped:
+        return 128 + stopped.number
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Parse DIR and vLLM's options, with the model and its name filled in."""
+    parser = vllm_compat.make_serve_parser(
+        prog="sliceserve serve",
+        usage="sliceserve serve DIR [options]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+    )
+    with _user_errors(OSError):  # a file given with --config
+        args: argparse.Namespace = parser.parse_args(argv)
+    if args.model_tag is None:
+        parser.error("the following arguments are required: DIR")
+    if args.model != parser.get_default("model"):
+        raise UserError(f"--model {args.model}: give the checkpoint as the argument DIR only")
+    _refuse_unsupported(args)
+    args.model = args.model_tag
+    if not args.served_model_name:
+        args.served_model_name = [Path(args.model).resolve().name]
+    return args
+
+
+def _refuse_unsupported(args: argparse.Namespace) -> None:
+    if args.api_server_count not in (None, 1):
+        raise UserError(
+            f"--api-server-count {args.api_server_count}: only one API server is supported; "
+            f"{_USE_VLLM}"
+        )
+    if args.headless:
+        raise UserError(f"--headless: engines without a server are not supported; {_USE_VLLM}")
+    if args.data_parallel_multi_port_external_lb:
+        raise UserError(
+            f"--data-parallel-multi-port-external-lb: only one API server is supported; {_USE_VLLM}"
+        )
+    if args.grpc:
+        raise UserError(f"--grpc: only HTTP is supported; {_USE_VLLM}")
+    if args.enable_prompt_embeds:
+        raise UserError(
+            "--enable-prompt-embeds: the embeddings of a sliced model have another width than "
+            "those of the model it was sliced from; send text or token ids"
+        )
+
+
+def _bind(args: argparse.Namespace) -> tuple[str, socket.socket]:
+    """Bind the server's socket before the long start of the engine."""
+    option = f"--uds {args.uds}" if args.uds else f"--port {args.port}"
+    try:
+        with _user_errors(KeyError):
+            address, bound = vllm_compat.setup_server(args)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"{option}: the address is already in use") from error
+        raise UserError(f"{option}: cannot listen there: {error.strerror}") from error
+    if not args.uds and args.port == 0:
+        args.port = bound.getsockname()[1]
+        address = f"{address.removesuffix(':0')}:{args.port}"
+    return address, bound
+
+
+def _engine_config(args: argparse.Namespace) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    with _user_errors(OSError):
+        engine_args = AsyncEngineArgs.from_cli_args(args)
+        return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+
+
+def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+    raise _Stopped(number)
+
+
+@contextlib.contextmanager
+def _user_errors(*others: type[Exception]) -> Iterator[None]:
+    """Turn vLLM's complaints about option values into a UserError of one sentence."""
+    from vllm.exceptions import VLLMValidationError  # no ValueError in newer versions
+
+    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, VLLMValidationError, *others)
+    try:
+        yield
+    except kinds as error:
+        raise UserError(_sentence(error)) from error
+
+
+def _sentence(error: Exception) -> str:
+    """Return the first sentence of an error's message, on one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
+        if first["loc"]:
+            message = f"--{str(first['loc'][0]).replace('_', '-')}: {message}"
+    else:
+        # str() of a KeyError is the message's repr().
+        message = str(error.args[0]) if isinstance(error, KeyError) else str(error)
+    message = " ".join(message.split()).removeprefix("Error: ")
+    message = re.split(r"(?<=[.!?])\s(?=[A-Z])", message, maxsplit=1)[0]
+    return message.rstrip(".")

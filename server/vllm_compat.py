@@ -1,0 +1,136 @@
+"""Where vLLM 0.24 to 0.32 keep the parts of their API server.
+
+The server's modules moved from ``vllm.entrypoints.openai`` to ``vllm.entrypoints.launchers``
+between these versions. Every function is looked up in its newest home first, because a release
+may leave a deprecated re-export in the old one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
+    import socket
+    from collections.abc import Awaitable
+
+    from fastapi import FastAPI
+    from starlette.datastructures import State
+
+_HOMES = {
+    "build_app": ("vllm.entrypoints.launchers.app", "vllm.entrypoints.openai.api_server"),
+    "get_uvicorn_log_config": (
+        "vllm.entrypoints.launchers.utils.server_utils",
+        "vllm.entrypoints.serve.utils.server_utils",
+    ),
+    "init_app_state": (
+        "vllm.entrypoints.launchers.api_server.app_state",
+        "vllm.entrypoints.openai.api_server",
+    ),
+    "make_arg_parser": (
+        "vllm.entrypoints.launchers.cli_args",
+        "vllm.entrypoints.openai.cli_args",
+    ),
+    "serve_http": ("vllm.entrypoints.launchers.launcher", "vllm.entrypoints.launcher"),
+    "setup_server": (
+        "vllm.entrypoints.launchers.launcher",
+        "vllm.entrypoints.openai.api_server",
+    ),
+    "validate_parsed_serve_args": (
+        "vllm.entrypoints.launchers.cli_args",
+        "vllm.entrypoints.openai.cli_args",
+    ),
+}
+
+
+def _module_exists(module: str) -> bool:
+    parts = module.split(".")
+    return all(find_spec(".".join(parts[:end])) for end in range(1, len(parts) + 1))
+
+
+def _load(name: str) -> Any:
+    for home in filter(_module_exists, _HOMES[name]):
+        module = importlib.import_module(home)
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise ImportError(f"this vLLM has no {name} in any of {', '.join(_HOMES[name])}")
+
+
+def is_installed() -> bool:
+    """Whether a vLLM package can be imported."""
+    return _module_exists("vllm")
+
+
+def prepare_environment() -> None:
+    """Set the environment variables that vLLM's own command line sets."""
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+
+    cli_env_setup()
+
+
+def make_serve_parser(*, prog: str, usage: str, description: str, epilog: str) -> Any:
+    """Return vLLM's parser of all options of its ``serve`` command."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(prog=prog, usage=usage, description=description)
+    parser = _load("make_arg_parser")(parser)
+    parser.epilog = epilog
+    return parser
+
+
+def configure_logging(args: argparse.Namespace) -> None:
+    """Apply the logging options, in the versions that have them."""
+    import vllm.logger
+
+    if hasattr(vllm.logger, "configure_logging_from_args"):
+        vllm.logger.configure_logging_from_args(args)
+
+
+def validate_serve_args(args: argparse.Namespace) -> None:
+    """Check the parsed options as ``vllm serve`` does; raises ValueError or TypeError."""
+    _load("validate_parsed_serve_args")(args)
+
+
+def setup_server(args: argparse.Namespace) -> tuple[str, socket.socket]:
+    """Check the front end's options and bind its socket; returns the address and the socket."""
+    function = _load("setup_server")
+    # The parameter exists, and is required, only in newer versions.
+    options = (
+        {"reuse_port": False} if "reuse_port" in inspect.signature(function).parameters else {}
+    )
+    address: str
+    bound: socket.socket
+    address, bound = function(args, **options)
+    return address, bound
+
+
+def uvicorn_log_config(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Return the log configuration for uvicorn, or None for uvicorn's own."""
+    config: dict[str, Any] | None = _load("get_uvicorn_log_config")(args)
+    return config
+
+
+def build_app(args: argparse.Namespace, supported_tasks: Any, model_config: Any) -> FastAPI:
+    """Return vLLM's application with the routes that the tasks need."""
+    app: FastAPI = _load("build_app")(args, supported_tasks, model_config)
+    return app
+
+
+async def init_app_state(
+    engine_client: Any, state: State, args: argparse.Namespace, supported_tasks: Any
+) -> None:
+    """Give the application's routes their engine."""
+    await _load("init_app_state")(engine_client, state, args, supported_tasks)
+
+
+async def serve_http(
+    app: FastAPI, bound: socket.socket, *, enable_ssl_refresh: bool, **uvicorn_options: Any
+) -> Awaitable[None]:
+    """Serve until a signal or the engine's end; the result ends the HTTP server when awaited."""
+    ending: Awaitable[None] = await _load("serve_http")(
+        app, sock=bound, enable_ssl_refresh=enable_ssl_refresh, **uvicorn_options
+    )
+    return ending

@@ -1,0 +1,129 @@
+"""The real vLLM against Transformers, each run in a process of its own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_checkpoint import damage_tensors, shard
+from transformers import AutoModelForCausalLM
+
+from sliceserve.slicing.job import SliceOptions, run_slice
+
+PROMPTS = [[1, 2, 3, 4, 5], [200, 7, 99], list(range(40))]
+EAGER = {"enforce_eager": True}
+
+
+def run_vllm(
+    directory: Path, prompts: list[list[int]], tokens: int, options: dict[str, Any]
+) -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).with_name("vllm_generate.py")
+    request = {"directory": str(directory), "prompts": prompts, "tokens": tokens}
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if options.get("tensor_parallel_size") or options.get("pipeline_parallel_size"):
+        # Two workers share the cores; vLLM's own binding wants a NUMA node for each.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    return subprocess.run(
+        [sys.executable, str(script), json.dumps(request | {"options": options})],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+
+
+def generate(
+    directory: Path, prompts: list[list[int]], tokens: int, options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    result = run_vllm(directory, prompts, tokens, options)
+    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(lines) == 1, result.stdout[-3000:] + result.stderr[-6000:]
+    parsed: list[dict[str, Any]] = json.loads(lines[0].removeprefix("RESULT "))
+    return parsed
+
+
+@torch.no_grad()
+def greedy(directory: Path, prompts: list[list[int]], tokens: int) -> list[dict[str, Any]]:
+    """The same with Transformers."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    results = []
+    for prompt in prompts:
+        ids, logprobs = list(prompt), []
+        for _ in range(tokens):
+            scores = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            ids.append(int(scores.argmax()))
+            logprobs.append(scores.max().item())
+        results.append({"tokens": ids[len(prompt) :], "logprobs": logprobs})
+    return results
+
+
+@pytest.fixture(scope="module")
+def uneven(tiny: Path) -> Path:
+    """The tiny model at a width that two ranks cannot share evenly."""
+    output = tiny.with_name("uneven")
+    run_slice(
+        SliceOptions(str(tiny), output, fraction=0.25, round_to=1, samples=8, sequence_length=64),
+        show_progress=False,
+    )
+    config = json.loads((output / "config.json").read_text())
+    assert config["slicing"]["widths"][0] == 72
+    return output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(EAGER, id="eager"),
+        pytest.param({}, id="compiled"),
+        pytest.param(EAGER | {"tensor_parallel_size": 2}, id="tp2"),
+        pytest.param({"pipeline_parallel_size": 2}, id="pp2-compiled"),
+    ],
+)
+def test_vllm_agrees_with_transformers(options: dict[str, Any], uneven: Path) -> None:
+    expected = greedy(uneven, PROMPTS, tokens=12)
+    got = generate(uneven, PROMPTS, 12, options)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-3)
+
+
+def test_fraction_zero_gives_the_dense_models_tokens(
+    smollm2: Path, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    """Full-width rotations of SmolLM2 in vLLM, against the dense model in vLLM."""
+    rotated = tmp_path / "rotated"
+    options = SliceOptions(str(smollm2), rotated, fraction=0.0, samples=2, sequence_length=128)
+    summary = run_slice(options, show_progress=False)
+    assert summary.slicing.widths == [576] * 61
+    expected = generate(smollm2, prompts, 24, EAGER)
+    got = generate(rotated, prompts, 24, EAGER)
+    assert [one["tokens"] for one in got] == [one["tokens"] for one in expected]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-3)
+
+
+def test_vllm_lists_all_wrong_tensors_in_one_error(tiny_sliced: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_sliced, tmp_path / "copy"))
+    tensors = load_file(shard(copy))
+    damage_tensors(tensors)
+    save_file(tensors, shard(copy), metadata={"format": "pt"})
+    result = run_vllm(copy, PROMPTS, 1, EAGER)
+    assert result.returncode != 0
+    output = result.stdout + result.stderr
+    assert "ValueError: the checkpoint does not hold the tensors its config implies" in output
+    assert "missing: lm_head.weight, model.layers.0.residual_rotation.0.weight" in output
+    assert "unexpected: model.extra.weight" in output
+    assert "model.layers.1.mlp.up_proj.weight is [160, 63] and not [160, 64]" in output
+
+
+def test_prompt_embeddings_are_refused(tiny_sliced: Path) -> None:
+    result = run_vllm(tiny_sliced, PROMPTS, 1, EAGER | {"enable_prompt_embeds": True})
+    assert result.returncode != 0
+    output = result.stdout + result.stderr
+    assert "--enable-prompt-embeds cannot be used with a sliced model" in output
