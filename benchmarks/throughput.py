@@ -11,47 +11,47 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
-def measure(options: argparse.Namespace, directory: Path) -> float:
-    """Return generated tokens per second, the best of several repeats."""
+def measure(options: argparse.Namespace, directory: Path) -> Iterator[tuple[int, float]]:
+    """Yield the requests in a batch and the generated tokens per second, best of the repeats."""
     from vllm import LLM, SamplingParams
 
-    config = json.loads((directory / "config.json").read_text())
+    vocabulary = json.loads((directory / "config.json").read_text())["vocab_size"]
     llm = LLM(
         model=str(directory),
         dtype=options.dtype,
         load_format=options.load_format,
         enforce_eager=options.enforce_eager,
         max_model_len=options.input + options.output,
-        max_num_seqs=options.requests,
+        max_num_seqs=max(options.requests),
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
     )
     sampling = SamplingParams(
         temperature=0, max_tokens=options.output, ignore_eos=True, detokenize=False
     )
-    vocabulary = config["vocab_size"]
-    prompts: list[Any] = [
-        {"prompt_token_ids": [(7919 * (i * options.input + j)) % vocabulary
-                              for j in range(options.input)]}
-        for i in range(options.requests)
-    ]  # fmt: skip
-    llm.generate(prompts, sampling, use_tqdm=False)
-    times = []
-    for _ in range(options.repeats):
-        start = time.perf_counter()
-        llm.generate(prompts, sampling, use_tqdm=False)
-        times.append(time.perf_counter() - start)
-    return float(options.requests * options.output / min(times))
+    for requests in options.requests:
+        ids = [7919 * index % vocabulary for index in range(requests * options.input)]
+        prompts: list[Any] = [
+            {"prompt_token_ids": ids[start : start + options.input]}
+            for start in range(0, len(ids), options.input)
+        ]
+        times = []
+        for _ in range(options.repeats + 1):
+            start = time.perf_counter()
+            llm.generate(prompts, sampling, use_tqdm=False)
+            times.append(time.perf_counter() - start)
+        yield requests, requests * options.output / min(times[1:])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR")
-    parser.add_argument("--requests", type=int, default=8, help="prompts in the batch")
+    parser.add_argument("--requests", type=int, nargs="+", default=[8], help="prompts in a batch")
     parser.add_argument("--input", type=int, default=64, help="tokens in a prompt")
     parser.add_argument("--output", type=int, default=64, help="tokens generated for each")
     parser.add_argument("--repeats", type=int, default=3)
@@ -60,8 +60,8 @@ def main() -> int:
     parser.add_argument("--enforce-eager", action="store_true")
     options = parser.parse_args()
     if len(options.directories) == 1:
-        rate = measure(options, options.directories[0])
-        print(f"{rate:.1f} tokens/s  {options.directories[0]}", flush=True)
+        for requests, rate in measure(options, options.directories[0]):
+            print(f"{rate:.1f} tokens/s, {requests} requests, {options.directories[0]}", flush=True)
         return 0
     flags = sys.argv[1:]
     for directory in options.directories:
@@ -71,7 +71,8 @@ def main() -> int:
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if result.returncode:
             return result.returncode
-        print(result.stdout.splitlines()[-1], flush=True)
+        lines = [line for line in result.stdout.splitlines() if " tokens/s, " in line]
+        print("\n".join(lines), flush=True)
     return 0
 
 

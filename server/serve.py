@@ -38,14 +38,6 @@ For one option:           sliceserve serve --help=max-model-len  (_ or - accepte
 _USE_VLLM = "run `vllm serve DIR` for that"
 
 
-class _Stopped(KeyboardInterrupt):
-    """A signal arrived before the server served."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-
-
 def main(argv: list[str]) -> int:
     """Run the server; returns its exit code. Raises UserError for what the user can mend."""
     if not vllm_compat.is_installed():
@@ -64,13 +56,10 @@ def main(argv: list[str]) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
-    try:
-        address, bound = _bind(args)
-        with contextlib.closing(bound):
-            vllm_config = _engine_config(args)
-            return int(uvloop.run(serve(vllm_config, args, summary, address, bound)))
-    except _Stopped as stopped:
-        return 128 + stopped.number
+    address, bound = _bind(args)
+    with contextlib.closing(bound):
+        vllm_config = _engine_config(args)
+        return int(uvloop.run(serve(vllm_config, args, summary, address, bound)))
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -141,7 +130,9 @@ def _engine_config(args: argparse.Namespace) -> Any:
 
 
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:
-    raise _Stopped(number)
+    """End the start of the server; once it serves, vLLM's own handlers stop it cleanly."""
+    # Not a KeyboardInterrupt: vLLM's wait for its engine swallows that and starts all the same.
+    raise SystemExit(128 + number)
 
 
 @contextlib.contextmanager

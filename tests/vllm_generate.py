@@ -11,12 +11,16 @@ def main(directory: str, prompts: list[list[int]], tokens: int, options: dict[st
 
     llm = LLM(
         model=directory,
-        dtype="float32",
-        max_model_len=128,
-        max_num_seqs=8,
-        skip_tokenizer_init=True,
-        enable_prefix_caching=False,
-        **options,
+        **(
+            {
+                "dtype": "float32",
+                "max_model_len": 128,
+                "max_num_seqs": 8,
+                "skip_tokenizer_init": True,
+                "enable_prefix_caching": False,
+            }
+            | options
+        ),
     )
     sampling = SamplingParams(
         temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=1, detokenize=False
