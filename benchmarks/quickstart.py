@@ -44,8 +44,7 @@ def main() -> int:
         prepare_dense(options.model, dense)
         shutil.rmtree(sliced, ignore_errors=True)
         step("slice: 25 % of the hidden dimension goes (calibration text: WikiText-2)")
-        run("sliceserve", "slice", str(dense), "--output", str(sliced), "--samples", "16",
-            "--sequence-length", "1024")  # fmt: skip
+        run("sliceserve", "slice", str(dense), "--output", str(sliced), "--samples", "16")
         rows = [describe(dense, log), describe(sliced, log)]
         step("serve the sliced model and ask it something through the openai client")
         with served(sliced, log) as client:
@@ -131,7 +130,8 @@ def throughput(directory: Path, log: Path) -> str:
             text=True,
             check=True,
         )
-    rate = result.stdout.splitlines()[-1].split()[0]
+    (line,) = (line for line in result.stdout.splitlines() if " tokens/s, " in line)
+    rate = line.split()[0]
     print(f"{rate} tokens/s", flush=True)
     return rate
 

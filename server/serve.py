@@ -54,11 +54,11 @@ def main(argv: list[str]) -> int:
 
     from sliceserve.server.app import serve
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
     address, bound = _bind(args)
     with contextlib.closing(bound):
         vllm_config = _engine_config(args)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _stop)
         return int(uvloop.run(serve(vllm_config, args, summary, address, bound)))
 
 

@@ -26,7 +26,6 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; 2 for anything the user can mend."""
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         return run(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
@@ -43,6 +42,7 @@ def run(arguments: list[str]) -> int:
         from sliceserve.server.serve import main as serve
 
         return serve(arguments[1:])
+    signal.signal(signal.SIGTERM, _interrupt)
     options = vars(make_parser().parse_args(arguments))
     command: Callable[..., int] = options.pop("command")
     return command(**options)

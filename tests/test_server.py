@@ -1,0 +1,368 @@
+"""`sliceserve serve` as its users meet it: a real process, the openai client, real requests."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from transformers import AutoTokenizer
+
+from sliceserve.server.serve import main
+from sliceserve.slicing.checkpoint import read_checkpoint_summary
+from sliceserve.slicing.errors import UserError
+
+START_SECONDS = 300
+STOP_SECONDS = 60
+MAX_MODEL_LEN = 512
+
+PROMPT = "The capital of France is"
+MESSAGES: list[Any] = [{"role": "user", "content": "Name three colours."}]
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
+
+# A sample's name and labels, to its value.
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+@dataclass(frozen=True)
+class Server:
+    directory: Path
+    url: str
+
+    @property
+    def model(self) -> str:
+        return self.directory.name
+
+    def get(self, path: str) -> tuple[int, str]:
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=30) as response:
+            return response.status, response.read().decode()
+
+    def samples(self) -> Samples:
+        families = text_string_to_metric_families(self.get("/metrics")[1])
+        return {
+            (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+            for family in families
+            for sample in family.samples
+        }
+
+    def ours(self, **labels: str) -> dict[str, float]:
+        """Our samples with exactly these labels beside the model's name, by short name."""
+        wanted = tuple(sorted({"model_name": self.model, **labels}.items()))
+        return {
+            name.removeprefix("sliceserve_"): value
+            for (name, found), value in self.samples().items()
+            if name.startswith("sliceserve_") and found == wanted
+        }
+
+    def ours_after(self, requests: float) -> dict[str, float]:
+        """Our samples once this many requests are counted, which may follow their answers."""
+        deadline = time.monotonic() + 10
+        while (samples := self.ours())["request_latency_seconds_count"] < requests:
+            assert time.monotonic() < deadline, f"{requests} requests are not counted: {samples}"
+            time.sleep(0.05)
+        return samples
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        assert process.poll() is None, f"the server ended:\n{log.read_text()}"
+        assert time.monotonic() < deadline, f"the server did not start:\n{log.read_text()}"
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=5).close()
+        except OSError:
+            time.sleep(0.2)
+        else:
+            return
+
+
+def running_in_session(session: int) -> list[str]:
+    """The processes of a session that are not zombies."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = stat.read_text().rpartition(")")
+        except OSError:  # it ended meanwhile
+            continue
+        fields = rest.split()
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def server(sliced_smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server process; stopping it must leave no process and the exit code 0."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [Path(sys.executable).with_name("sliceserve"), "serve", sliced_smollm2]
+    options = f"--host 127.0.0.1 --port {port} --dtype float32 --enforce-eager"
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [*map(str, command), *options.split(), "--max-model-len", str(MAX_MODEL_LEN)],
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_healthy(url, process, log)
+        yield Server(sliced_smollm2, url)
+        process.terminate()
+        assert process.wait(STOP_SECONDS) == 0, log.read_text()
+        assert running_in_session(process.pid) == []
+    finally:
+        if running_in_session(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(server: Server) -> Any:
+    return AutoTokenizer.from_pretrained(server.directory)
+
+
+def error_of(caught: pytest.ExceptionInfo[openai.APIStatusError]) -> dict[str, Any]:
+    """The OpenAI error object of a refused request."""
+    error: dict[str, Any] = caught.value.response.json()["error"]
+    assert {"message", "type", "param", "code"} <= error.keys()
+    assert error["code"] == caught.value.status_code
+    assert error["message"]
+    return error
+
+
+def test_model_is_listed_under_its_directory_name(server: Server, client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [server.model]
+
+
+def test_health(server: Server) -> None:
+    assert server.get("/health")[0] == 200
+
+
+def test_completion_usage_agrees_with_the_tokenizer(
+    server: Server, client: openai.OpenAI, tokenizer: Any
+) -> None:
+    answer = client.completions.create(
+        model=server.model,
+        prompt=PROMPT,
+        temperature=0,
+        max_tokens=8,
+        extra_body={"ignore_eos": True},
+    )
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.choices[0].text
+    assert answer.usage
+    assert answer.usage.prompt_tokens == len(tokenizer(PROMPT)["input_ids"])
+    assert answer.usage.completion_tokens == 8
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 8
+
+
+def test_chat_uses_the_checkpoint_template(
+    server: Server, client: openai.OpenAI, tokenizer: Any
+) -> None:
+    answer = client.chat.completions.create(model=server.model, messages=MESSAGES, **GREEDY)
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content
+    text = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert answer.usage
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert answer.usage.prompt_tokens == len(expected)
+
+
+def test_streamed_chat_equals_the_whole_answer(server: Server, client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model=server.model, messages=MESSAGES, **GREEDY)
+    stream = client.chat.completions.create(
+        model=server.model,
+        messages=MESSAGES,
+        stream=True,
+        stream_options={"include_usage": True},
+        **GREEDY,
+    )
+    *chunks, last = stream
+    deltas = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert "".join(deltas) == whole.choices[0].message.content
+    assert sum(map(bool, deltas)) > 1
+    assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert last.choices == []
+    assert last.usage
+    assert whole.usage
+    assert last.usage.total_tokens == whole.usage.total_tokens
+
+
+def test_stop_string_ends_the_answer_before_itself(server: Server, client: openai.OpenAI) -> None:
+    whole = client.completions.create(model=server.model, prompt=PROMPT, **GREEDY)
+    text = whole.choices[0].text
+    stop = text[len(text) // 2 :][:3]
+    stopped = client.completions.create(model=server.model, prompt=PROMPT, stop=stop, **GREEDY)
+    assert stopped.choices[0].text == text[: text.index(stop)]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_completion_logprobs(server: Server, client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=server.model, prompt=PROMPT, logprobs=3, **GREEDY)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs
+    assert answer.usage
+    assert logprobs.tokens
+    assert logprobs.token_logprobs
+    assert logprobs.top_logprobs
+    assert "".join(logprobs.tokens) == answer.choices[0].text
+    assert len(logprobs.token_logprobs) == answer.usage.completion_tokens
+    for chosen, top in zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert chosen == max(top.values()) <= 0
+
+
+def test_chat_logprobs(server: Server, client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=server.model, messages=MESSAGES, logprobs=True, top_logprobs=2, **GREEDY
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs
+    assert logprobs.content
+    for token in logprobs.content:
+        assert len(token.top_logprobs) == 2
+        assert token.logprob == max(top.logprob for top in token.top_logprobs) <= 0
+
+
+def test_two_choices_count_the_prompt_once(
+    server: Server, client: openai.OpenAI, tokenizer: Any
+) -> None:
+    answer = client.completions.create(
+        model=server.model,
+        prompt=PROMPT,
+        n=2,
+        seed=1,
+        max_tokens=5,
+        extra_body={"ignore_eos": True},
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert answer.usage
+    assert answer.usage.prompt_tokens == len(tokenizer(PROMPT)["input_ids"])
+    assert answer.usage.completion_tokens == 10
+
+
+def test_unknown_model_is_not_found(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model="no-such-model", prompt=PROMPT)
+    assert "no-such-model" in error_of(caught)["message"]
+
+
+def test_bad_body_is_a_bad_request(server: Server, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(
+            model=server.model, prompt=PROMPT, extra_body={"max_tokens": "many"}
+        )
+    assert "max_tokens" in json.dumps(error_of(caught))
+
+
+def test_too_long_prompt_is_a_bad_request(server: Server, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=server.model, prompt="word " * (2 * MAX_MODEL_LEN))
+    assert str(MAX_MODEL_LEN) in error_of(caught)["message"]
+
+
+def test_metrics_show_vllm_series_and_ours(server: Server) -> None:
+    names = {name for name, _ in server.samples()}
+    assert "vllm:num_requests_running" in names
+    assert {name for name in names if name.startswith("sliceserve_")} >= {
+        "sliceserve_gpus",
+        "sliceserve_parameters",
+        "sliceserve_request_latency_seconds_bucket",
+        "sliceserve_time_to_first_token_seconds_bucket",
+        "sliceserve_time_per_output_token_seconds_bucket",
+        "sliceserve_prompt_tokens_total",
+        "sliceserve_generation_tokens_total",
+    }
+
+
+def test_metrics_tell_the_model_and_its_devices(server: Server) -> None:
+    summary = read_checkpoint_summary(server.directory)
+    assert server.ours()["gpus"] == 0
+    assert server.ours(form="dense")["parameters"] == summary.dense_parameters
+    assert server.ours(form="sliced")["parameters"] == summary.sliced_parameters
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_metrics_count_a_request_exactly(
+    server: Server, client: openai.OpenAI, tokens: int
+) -> None:
+    warm = server.ours()["request_latency_seconds_count"]
+    client.completions.create(model=server.model, prompt=PROMPT, max_tokens=1)
+    before = server.ours_after(warm + 1)
+    started = time.monotonic()
+    answer = client.completions.create(
+        model=server.model, prompt=PROMPT, max_tokens=tokens, extra_body={"ignore_eos": True}
+    )
+    elapsed = time.monotonic() - started
+    after = server.ours_after(warm + 2)
+    assert answer.usage
+    gained = {name: after[name] - before[name] for name in after}
+    assert gained["prompt_tokens_total"] == answer.usage.prompt_tokens
+    assert gained["generation_tokens_total"] == answer.usage.completion_tokens == tokens
+    assert gained["request_latency_seconds_count"] == 1
+    assert gained["time_to_first_token_seconds_count"] == 1
+    assert gained["time_per_output_token_seconds_count"] == (1 if tokens > 1 else 0)
+    first, latency = (
+        gained[f"{name}_seconds_sum"] for name in ("time_to_first_token", "request_latency")
+    )
+    assert 0 < first <= latency <= elapsed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["/no/such/directory"], "/no/such/directory"),
+        (["DIR", "--headless"], "--headless"),
+        (["DIR", "--api-server-count", "2"], "--api-server-count 2"),
+        (["DIR", "--enable-prompt-embeds"], "--enable-prompt-embeds"),
+        (["DIR", "--model", "other"], "--model other"),
+    ],
+)
+def test_refused_arguments_are_named(arguments: list[str], named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        main(arguments)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_port_in_use_is_named(tiny_sliced: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"--port {port}: .*in use"):
+            main([str(tiny_sliced), "--host", "127.0.0.1", "--port", str(port)])
+
+
+def test_impossible_option_value_is_one_sentence(tiny_sliced: Path) -> None:
+    with pytest.raises(UserError, match=r"max_model_len \(99999999\)") as caught:
+        main([str(tiny_sliced), "--port", str(free_port()), "--max-model-len", "99999999"])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_directory_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+    assert "required: DIR" in capsys.readouterr().err
