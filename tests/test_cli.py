@@ -179,7 +179,13 @@ def test_a_write_that_fails_half_way_leaves_nothing(tiny: Path, tmp_path: Path) 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing(signum: signal.Signals, tiny: Path, tmp_path: Path) -> None:
     arguments = small(tiny, tmp_path / "out", "--samples", "5000")
-    with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*COMMAND, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background, a shell has made them ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob(".out.partial-*")):
             assert process.poll() is None, process.communicate()[1]
