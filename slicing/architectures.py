@@ -5,7 +5,6 @@ slicer, the Transformers model and the vLLM plugin; a further architecture is on
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from sliceserve.slicing.errors import UserError
 
@@ -104,16 +103,3 @@ def find_architecture(causal_lm: str) -> Architecture:
         known = ", ".join(ARCHITECTURES)
         raise UserError(f"architecture {causal_lm!r} is not supported; supported are {known}")
     return ARCHITECTURES[causal_lm]
-
-
-def architecture_of(config: Any) -> Architecture:
-    """Return the description for a Transformers config of a dense model.
-
-    Raises:
-        UserError: the config names no architecture, or one without a description.
-
-    """
-    names = config.architectures or []
-    if len(names) != 1:
-        raise UserError(f"config.json must name one architecture, not {names!r}")
-    return find_architecture(names[0])

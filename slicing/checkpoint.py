@@ -1,10 +1,9 @@
 """The sliced checkpoint on disk (docs/checkpoint.md): written beside, renamed, read, checked."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from typing import Any
 import torch
 
 from sliceserve.slicing.config import CAUSAL_LM, MODEL_TYPE, SlicedConfig, Slicing, parse_slicing
-from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.errors import UserError, reading
 from sliceserve.slicing.modeling import ROTATION, expected_shapes
+from sliceserve.slicing.source import read_json_object
 from sliceserve.slicing.weights import ShardReader, check_shapes
 
 PROVENANCE = "provenance.json"
@@ -65,6 +65,7 @@ def staged_directory(output: Path, expected_bytes: int) -> Iterator[Path]:
     if output.exists() or output.is_symlink():
         raise UserError(f"--output {str(output)!r} exists already")
     staging = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    made = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(output.parent).free
@@ -81,6 +82,11 @@ def staged_directory(output: Path, expected_bytes: int) -> Iterator[Path]:
         raise UserError(f"--output {str(output)!r} cannot be written: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if not output.exists():
+            for parent in made:
+                # One that was not made, or that someone else uses by now, stays.
+                with suppress(OSError):
+                    parent.rmdir()
 
 
 def sync_directory(directory: Path) -> None:
@@ -103,18 +109,17 @@ def read_sliced_config(directory: Path) -> SlicedConfig:
     path = directory / "config.json"
     if not path.is_file():
         raise UserError(f"DIR {str(directory)!r} is no checkpoint: it holds no config.json")
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"config {str(path)!r} is not JSON: {error}") from error
-    if not isinstance(fields, dict) or fields.get("model_type") != MODEL_TYPE:
+    fields = read_json_object(path)
+    if fields.get("model_type") != MODEL_TYPE:
         raise UserError(
             f"DIR {str(directory)!r} is not a sliced checkpoint; make one with `sliceserve slice`"
         )
     if fields.get("architectures") != [CAUSAL_LM]:
         raise UserError(f"config {str(path)!r} must name the architecture {CAUSAL_LM}")
-    parse_slicing(fields.get("slicing") or {}, fields.get("num_hidden_layers", 0))
-    config: SlicedConfig = SlicedConfig.from_dict(fields)
+    parse_slicing(fields.get("slicing"), fields.get("num_hidden_layers"))
+    with reading(f"config {str(path)!r}"):
+        config: SlicedConfig = SlicedConfig.from_dict(fields)
+        config.base()
     return config
 
 
@@ -126,8 +131,14 @@ def read_checkpoint_summary(directory: Path) -> CheckpointSummary:
 
     """
     config = read_sliced_config(directory)
-    shapes = ShardReader(directory).shapes()
-    check_shapes(f"DIR {str(directory)!r}", shapes, expected_shapes(config))
+    shards = ShardReader(directory)
+    shapes = shards.shapes()
+    with reading(f"config of DIR {str(directory)!r}"):
+        expected = expected_shapes(config)
+    check_shapes(f"DIR {str(directory)!r}", shapes, expected)
+    dtype = shards.dtype(shapes)
+    if config.dtype != dtype:
+        raise UserError(f"DIR {str(directory)!r} holds {dtype}, and its config says {config.dtype}")
     sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     provenance = directory / PROVENANCE
     return CheckpointSummary(
@@ -136,6 +147,6 @@ def read_checkpoint_summary(directory: Path) -> CheckpointSummary:
         sliced_parameters=sum(sizes.values()),
         rotation_parameters=sum(n for name, n in sizes.items() if f".{ROTATION}." in name),
         bytes=sum(file.stat().st_size for file in directory.iterdir() if file.is_file()),
-        dtype=str(config.dtype).removeprefix("torch."),
-        provenance=json.loads(provenance.read_text()) if provenance.exists() else {},
+        dtype=str(dtype).removeprefix("torch."),
+        provenance=read_json_object(provenance) if provenance.exists() else {},
     )

@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
         print(f"sliceserve: error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"sliceserve: error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("sliceserve: interrupted; nothing half written is left", file=sys.stderr)
     return EXIT_USER_ERROR
@@ -42,7 +44,10 @@ def run(arguments: list[str]) -> int:
         from sliceserve.server.serve import main as serve
 
         return serve(arguments[1:])
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # What nohup has made the process ignore stays ignored.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     options = vars(make_parser().parse_args(arguments))
     command: Callable[..., int] = options.pop("command")
     return command(**options)

@@ -2,7 +2,7 @@
 
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from sliceserve.slicing.architectures import Architecture, find_architecture
@@ -29,16 +29,18 @@ class Slicing(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    format_version: int
+    format_version: int = Field(ge=1)
     architecture: str
     base_model_type: str
     widths: list[int]
-    dense_parameters: int
+    dense_parameters: int = Field(ge=1)
 
     @model_validator(mode="after")
     def _widths_are_possible(self) -> Self:
         if not self.widths or min(self.widths) < 1 or max(self.widths) != self.widths[-1]:
             raise ValueError("widths must be positive and none larger than the last")
+        if self.base_model_type not in CONFIG_MAPPING:
+            raise ValueError(f"Transformers knows no base_model_type {self.base_model_type!r}")
         return self
 
 
@@ -75,14 +77,14 @@ class SlicedConfig(PreTrainedConfig):  # type: ignore[misc]  # Transformers is u
         return config
 
 
-def parse_slicing(fields: dict[str, Any], num_hidden_layers: int) -> Slicing:
+def parse_slicing(fields: Any, num_hidden_layers: Any) -> Slicing:
     """Check the `slicing` object of a config.json against the number of layers.
 
     Raises:
         UserError: the format is newer than this release, or a field is missing or impossible.
 
     """
-    version = fields.get("format_version")
+    version = fields.get("format_version") if isinstance(fields, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(
             f"checkpoint format {version} is newer than this release reads ({FORMAT_VERSION}): "
@@ -94,6 +96,8 @@ def parse_slicing(fields: dict[str, Any], num_hidden_layers: int) -> Slicing:
         first = error.errors()[0]
         where = ".".join(map(str, ("slicing", *first["loc"])))
         raise UserError(f"config.json is not a sliced model's: {where}: {first['msg']}") from error
+    if not isinstance(num_hidden_layers, int):
+        raise UserError(f"config.json: num_hidden_layers is {num_hidden_layers!r}, not a number")
     places = find_architecture(slicing.architecture).places(num_hidden_layers)
     if len(slicing.widths) != places:
         raise UserError(

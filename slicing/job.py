@@ -18,10 +18,12 @@ from sliceserve.slicing.checkpoint import (
     staged_directory,
 )
 from sliceserve.slicing.config import sliced_config
+from sliceserve.slicing.dense import DenseModel, open_dense_model
+from sliceserve.slicing.devices import checked_device, within_memory
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.modeling import expected_shapes
 from sliceserve.slicing.slicer import Slicer, sliced_width
-from sliceserve.slicing.source import DenseModel, open_dense_model
+from sliceserve.slicing.source import copy_tokenizer, load_tokenizer
 from sliceserve.slicing.weights import ShardWriter
 
 
@@ -64,7 +66,7 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> CheckpointSu
     text = read_text(options.calibration, "--calibration")
     model = open_dense_model(options.model)
     width = sliced_width(model.config.hidden_size, options.fraction, options.round_to)
-    tokenizer = model.tokenizer()
+    tokenizer = load_tokenizer(model.location)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and options.sequence_length > limit:
         raise UserError(
@@ -92,10 +94,11 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> CheckpointSu
     with staged_directory(options.output, numbers * dtype.itemsize) as staging:
         writer = ShardWriter(staging, dtype)
         forward_dtype = torch.float32 if device.type == "cpu" else model.dtype
-        Slicer(model, widths, writer, device, forward_dtype).run(windows, show_progress)
+        with within_memory(device):
+            Slicer(model, widths, writer, device, forward_dtype).run(windows, show_progress)
         writer.finish()
         config.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+        copy_tokenizer(model.location, staging)
         copy_generation_config(model, staging)
         record = provenance(options, model, text, forward_dtype)
         (staging / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
@@ -135,19 +138,3 @@ def provenance(
         "forward_dtype": str(forward_dtype).removeprefix("torch."),
         "versions": versions | {"python": platform.python_version()},
     }
-
-
-def checked_device(name: str) -> torch.device:
-    """Return a torch device that exists on this machine.
-
-    Raises:
-        UserError: no such device here.
-
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--device {name!r} cannot be used here: {reason}") from error
-    return device

@@ -1,6 +1,5 @@
 """Perplexity of a dense or sliced model on a text, through Transformers."""
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -10,19 +9,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from sliceserve.slicing.architectures import architecture_of
 from sliceserve.slicing.calibration import read_text, token_windows
 from sliceserve.slicing.checkpoint import read_checkpoint_summary
 from sliceserve.slicing.config import MODEL_TYPE
-from sliceserve.slicing.errors import UserError
-from sliceserve.slicing.job import checked_device
-from sliceserve.slicing.source import (
-    Location,
-    load_tokenizer,
-    locate,
-    open_dense_model,
-    read_dense_config,
-)
+from sliceserve.slicing.dense import open_dense_model, read_dense_config
+from sliceserve.slicing.devices import checked_device, within_memory
+from sliceserve.slicing.errors import UserError, reading
+from sliceserve.slicing.source import Location, load_tokenizer, locate, read_json_object
 
 
 @dataclass(frozen=True)
@@ -68,8 +61,9 @@ def measure_text(
         )
     if dtype is None and place.type == "cpu":
         dtype = "float32"
-    loaded = load_model(location, place, getattr(torch, dtype) if dtype else None)
-    return measure(loaded, windows[:samples])
+    with within_memory(place):
+        loaded = load_model(location, place, getattr(torch, dtype) if dtype else None)
+        return measure(loaded, windows[:samples])
 
 
 def load_model(location: Location, device: torch.device, dtype: torch.dtype | None) -> Any:
@@ -86,14 +80,15 @@ def load_model(location: Location, device: torch.device, dtype: torch.dtype | No
     """
     config = location.directory / "config.json"
     if location.gguf_file:
-        architecture_of(read_dense_config(location))
-    elif config.is_file() and json.loads(config.read_text()).get("model_type") == MODEL_TYPE:
+        read_dense_config(location)
+    elif config.is_file() and read_json_object(config).get("model_type") == MODEL_TYPE:
         read_checkpoint_summary(location.directory)
     else:
         open_dense_model(str(location.directory))
-    model = AutoModelForCausalLM.from_pretrained(
-        **location.from_pretrained_arguments(), dtype=dtype or "auto"
-    )
+    with reading(f"MODEL_OR_DIR {location}"):
+        model = AutoModelForCausalLM.from_pretrained(
+            **location.from_pretrained_arguments(), dtype=dtype or "auto"
+        )
     return model.to(device).eval()
 
 
@@ -115,8 +110,13 @@ def measure(model: Any, windows: Tensor, show_progress: bool = True) -> Perplexi
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
             loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
             total += loss.item()
-            bar.set_postfix(perplexity=f"{math.exp(total / (done * (length - 1))):.2f}")
-    if not math.isfinite(total):
-        raise UserError("MODEL_OR_DIR gives logits that are not finite: its weights are corrupt")
+            bar.set_postfix(perplexity=f"{_exp(total / (done * (length - 1))):.2f}")
     predicted = count * (length - 1)
-    return Perplexity(math.exp(total / predicted), predicted, count, length)
+    perplexity = _exp(total / predicted)
+    if not math.isfinite(perplexity):
+        raise UserError("MODEL_OR_DIR gives logits that are not finite: its weights are corrupt")
+    return Perplexity(perplexity, predicted, count, length)
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf

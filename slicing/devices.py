@@ -1,0 +1,37 @@
+"""The device to compute on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from sliceserve.slicing.errors import UserError, reason
+
+
+def checked_device(name: str) -> torch.device:
+    """Return a torch device that exists on this machine.
+
+    Raises:
+        UserError: no such device here.
+
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name!r} cannot be used here: {reason(error)}") from error
+    return device
+
+
+@contextmanager
+def within_memory(device: torch.device) -> Iterator[None]:
+    """Turn a GPU that runs out of memory into one sentence.
+
+    Raises:
+        UserError: the block needs more memory than the device has.
+
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"--device {str(device)!r} is too small: {reason(error)}") from error
