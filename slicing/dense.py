@@ -11,7 +11,7 @@ from gguf import GGUFReader
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from sliceserve.slicing.architectures import Architecture, find_architecture
+from sliceserve.slicing.architectures import Architecture, check_variant, find_architecture
 from sliceserve.slicing.config import MODEL_TYPE
 from sliceserve.slicing.errors import UserError, reading
 from sliceserve.slicing.source import Location, copy_tokenizer, locate, read_json_object
@@ -52,7 +52,7 @@ class DenseModel:
     def read(self, name: str) -> Tensor:
         """Return one weight by its name in the skeleton; a tied head is the embedding."""
         if self.config.tie_word_embeddings and name == f"{self.architecture.head}.weight":
-            name = f"{self.architecture.embeddings[0]}.weight"
+            name = f"{self.architecture.tokens}.weight"
         return self.reader.read(name)
 
     def sha256(self) -> str:
@@ -73,6 +73,7 @@ def open_dense_model(model: str) -> DenseModel:
     location = locate(model)
     config = read_dense_config(location)
     architecture = find_architecture(config.architectures[0])
+    check_variant(f"MODEL {location}", config, architecture)
     with reading(f"config of MODEL {location}"), init_empty_weights(include_buffers=False):
         skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     reader: TensorReader
@@ -82,12 +83,13 @@ def open_dense_model(model: str) -> DenseModel:
     else:
         shards = ShardReader(location.directory)
         reader, files = shards, tuple(shards.files)
+    check_covered(location, skeleton, architecture)
     expected = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
     if config.tie_word_embeddings:
         expected.pop(f"{architecture.head}.weight", None)
     check_dense_shapes(location, reader.shapes(), expected, architecture)
     # A GGUF file has many dtypes. Some checkpoints keep their norms in float32, hence the table's.
-    table = f"{architecture.embeddings[0]}.weight"
+    table = f"{architecture.tokens}.weight"
     dtype = torch.bfloat16 if location.gguf_file else shards.dtype([table])
     parameters = sum(torch.Size(shape).numel() for shape in expected.values())
     return DenseModel(location, config, architecture, skeleton, reader, dtype, parameters, files)
@@ -134,6 +136,23 @@ def _gguf_config(location: Location) -> PreTrainedConfig:
     config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
     find_architecture(config.architectures[0])
     return config
+
+
+def check_covered(location: Location, skeleton: nn.Module, architecture: Architecture) -> None:
+    """Check that every parameter lies in a module that the description names.
+
+    Raises:
+        UserError: lists those that do not: such a model has parts that would be left as they are.
+
+    """
+    known = (*architecture.tables, architecture.layers, architecture.final_norm, architecture.head)
+    prefixes = tuple(f"{path}." for path in known)
+    strange = [name for name, _ in skeleton.named_parameters() if not name.startswith(prefixes)]
+    if strange:
+        raise UserError(
+            f"MODEL {location} is a {architecture.causal_lm} with parts that are not supported: "
+            + ", ".join(strange)
+        )
 
 
 def read_gguf(location: Location) -> dict[str, Tensor]:

@@ -33,6 +33,30 @@ class SlicedNorm(nn.Module):
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
+def has_shift(norm: Any) -> bool:
+    """Whether a norm adds a bias; folded into what it feeds, which then needs a bias too."""
+    return getattr(norm, "bias", None) is not None
+
+
+def resize_linear(
+    model: nn.Module,
+    path: str,
+    in_features: int | None = None,
+    out_features: int | None = None,
+    bias: bool = False,
+) -> None:
+    """Replace a linear of `model` by one of another size; `bias` gives one that had none."""
+    old: Any = model.get_submodule(path)
+    new = nn.Linear(
+        in_features or old.in_features,
+        out_features or old.out_features,
+        bias=bias or old.bias is not None,
+        device=old.weight.device,
+        dtype=old.weight.dtype,
+    )
+    model.set_submodule(path, new)
+
+
 class SlicedLayer(nn.Module):
     """A decoder layer on a stream that changes width: x ← x·S + Σ branch(norm(x)).
 
@@ -56,26 +80,14 @@ class SlicedLayer(nn.Module):
         for sublayer, width, next_width in zip(
             architecture.sublayers, widths[:-1], widths[1:], strict=True
         ):
+            shifted = has_shift(self.get_submodule(sublayer.norm))
             self.set_submodule(sublayer.norm, SlicedNorm(width, hidden_size, eps))
             for path in sublayer.reads:
-                self._resize(path, in_features=width)
+                resize_linear(self, path, in_features=width, bias=shifted)
             for path in sublayer.writes:
-                self._resize(path, out_features=next_width)
+                resize_linear(self, path, out_features=next_width)
             rotations.append(nn.Linear(width, next_width, bias=False))
         self.residual_rotation = nn.ModuleList(rotations)
-
-    def _resize(
-        self, path: str, in_features: int | None = None, out_features: int | None = None
-    ) -> None:
-        old: Any = self.get_submodule(path)
-        new = nn.Linear(
-            in_features or old.in_features,
-            out_features or old.out_features,
-            bias=old.bias is not None,
-            device=old.weight.device,
-            dtype=old.weight.dtype,
-        )
-        self.set_submodule(path, new)
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
         """Run the layer: [batch, positions, widths[0]] to [batch, positions, widths[-1]]."""
@@ -114,7 +126,7 @@ class SlicedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         architecture = find_architecture(slicing.architecture)
         base_config = config.base()
         base = AutoModelForCausalLM.from_config(base_config, dtype=torch.get_default_dtype())
-        resize_model(base, architecture, slicing.widths, getattr(config, architecture.norm_eps))
+        resize_model(base, architecture, slicing.widths, architecture.epsilon(config))
         for name, child in base.named_children():
             self.add_module(name, child)
         self.head_path = architecture.head
@@ -122,7 +134,7 @@ class SlicedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embedding."""
-        path = find_architecture(self.config.description.architecture).embeddings[0]
+        path = find_architecture(self.config.description.architecture).tokens
         embedding: nn.Module = self.get_submodule(path)
         return embedding
 
@@ -170,20 +182,18 @@ def resize_model(
 
     """
     hidden_size, step = widths[-1], len(architecture.sublayers)
-    for path in architecture.embeddings:
+    for path in architecture.tables:
+        # In place: a table of positions has a class of its own.
         table: Any = model.get_submodule(path)
-        narrow = nn.Embedding(
-            table.num_embeddings,
-            widths[0],
-            device=table.weight.device,
-            dtype=table.weight.dtype,
-        )
-        model.set_submodule(path, narrow)
+        table.embedding_dim = widths[0]
+        table.weight = nn.Parameter(table.weight.new_empty(table.num_embeddings, widths[0]))
     layers: Any = model.get_submodule(architecture.layers)
     for index, layer in enumerate(layers):
         around = widths[index * step : (index + 1) * step + 1]
         layers[index] = SlicedLayer(layer, architecture, around, hidden_size, eps)
+    shifted = has_shift(model.get_submodule(architecture.final_norm))
     model.set_submodule(architecture.final_norm, SlicedNorm(hidden_size, hidden_size, eps))
+    resize_linear(model, architecture.head, bias=shifted)
 
 
 def expected_shapes(config: SlicedConfig) -> dict[str, tuple[int, ...]]:

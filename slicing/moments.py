@@ -21,7 +21,7 @@ class SecondMoment:
         self.sum.addmm_(rows.T, rows)
 
 
-def principal_basis(moment: Tensor, width: int) -> Tensor:
+def principal_basis(moment: Tensor, width: int, centred: bool) -> Tensor:
     """Return the eigenvectors of the `width` largest eigenvalues of a damped second moment.
 
     The damping, 1 % of the mean diagonal, is the published implementation's; it leaves the
@@ -30,12 +30,17 @@ def principal_basis(moment: Tensor, width: int) -> Tensor:
     Args:
         moment: C, [hidden_size, hidden_size], float64.
         width: columns to keep.
+        centred: whether the rows have mean 0 (before a LayerNorm); the direction (1, …, 1) is then
+            empty and is kept last, also when other directions are empty too.
 
     Returns:
         U, [hidden_size, width], float64, orthonormal columns, falling eigenvalues.
 
     """
     damped = moment.clone()
-    damped.diagonal().add_(DAMPING * moment.diagonal().mean())
+    damping = DAMPING * moment.diagonal().mean()
+    damped.diagonal().add_(damping)
+    if centred:
+        damped.sub_(damping / len(damped))
     vectors: Tensor = torch.linalg.eigh(damped).eigenvectors
     return vectors.flip(-1)[:, :width].contiguous()

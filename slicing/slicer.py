@@ -74,6 +74,8 @@ class Slicer:
         self.dtype = dtype
         self.signals: list[Tensor] = []
         self.basis = torch.empty(0)
+        final_norm = model.skeleton.get_submodule(model.architecture.final_norm)
+        self.centred = isinstance(final_norm, nn.LayerNorm)
 
     @torch.no_grad()
     def run(self, windows: Tensor, show_progress: bool = True) -> None:
@@ -86,11 +88,11 @@ class Slicer:
         architecture = self.model.architecture
         layers: Any = self.model.skeleton.get_submodule(architecture.layers)
         batches = list(_split(windows, max(1, TOKENS_PER_BATCH // windows.shape[1])))
-        contexts = self._record_contexts(layers, batches)
         steps = len(layers) * len(architecture.sublayers) * len(batches)
         with tqdm(total=steps, disable=not show_progress, unit="batch") as bar:
             bar.set_description("slicing embedding")
-            self._slice_embedding(batches)
+            contexts = self._start(layers, batches)
+            self._slice_embedding()
             for index in range(len(layers)):
                 bar.set_description(f"slicing layer {index + 1}/{len(layers)}")
                 self._slice_layer(index, layers[index], contexts[index], bar.update)
@@ -98,45 +100,71 @@ class Slicer:
                 layers[index] = nn.Identity()
         self._fold_head()
 
-    def _read(self, name: str) -> Tensor:
-        return self.model.read(name).to(self.device)
+    def _read_on_cpu(self, name: str) -> Tensor:
+        weight = self.model.read(name)
+        if not weight.isfinite().all():
+            raise UserError(f"MODEL holds values that are not finite in its tensor {name!r}")
+        return weight
 
-    def _record_contexts(
+    def _read(self, name: str) -> Tensor:
+        return self._read_on_cpu(name).to(self.device)
+
+    def _read_norm(self, path: str) -> tuple[Tensor, Tensor | None]:
+        """Read a norm's scale g and shift, [hidden_size] in float64."""
+        names = dict(self.model.skeleton.get_submodule(path).named_parameters())
+        scale = torch.ones(self.widths[-1], dtype=torch.float64, device=self.device)
+        if "weight" in names:
+            scale = self._read(f"{path}.weight").double()
+        return scale, self._read(f"{path}.bias").double() if "bias" in names else None
+
+    def _centre(self, stream: Tensor, dim: int = -1) -> Tensor:
+        """Remove the mean over hidden_size where the norms are LayerNorms: they would do it.
+
+        What is left is the stream of a model with RMSNorms that computes the same (section 3.1).
+        """
+        return stream - stream.mean(dim, keepdim=True) if self.centred else stream
+
+    def _start(
         self, layers: nn.ModuleList, batches: list[Tensor]
     ) -> list[dict[int, dict[str, Any]]]:
-        """Record what the model hands every layer beside the stream, by batch size.
+        """Start the signals with the embedded tokens, at full width.
 
-        Masks, positions and rotary embeddings come from Transformers' own forward, so that no
-        architecture needs code for them here.
+        Embeddings, masks, positions and rotary tables come from Transformers' own forward, so that
+        no architecture needs code for them here.
+
+        Returns:
+            What the model hands every layer beside the stream, by batch size.
+
         """
-        skeleton, norm = self.model.skeleton, self.model.architecture.final_norm
-        real_layers, real_norm = list(layers), skeleton.get_submodule(norm)
+        skeleton, architecture = self.model.skeleton, self.model.architecture
+        real_layers, real_norm = list(layers), skeleton.get_submodule(architecture.final_norm)
         recorders = [_Recorder() for _ in real_layers]
         _replace(layers, recorders)
-        skeleton.set_submodule(norm, nn.Identity())
+        skeleton.set_submodule(architecture.final_norm, nn.Identity())
         _move_buffers(skeleton, self.device)
-        for size in {len(batch) for batch in batches}:
-            shape = (size, batches[0].shape[1], self.widths[-1])
-            stream = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            skeleton.base_model(inputs_embeds=stream, use_cache=False)  # type: ignore[operator]
+        for path in architecture.tables:
+            self._assign(skeleton, f"{path}.weight", self._read(f"{path}.weight"))
+        for batch in batches:
+            skeleton.base_model(input_ids=batch.to(self.device), use_cache=False)  # type: ignore[operator]
+            self.signals.append(self._centre(recorders[0].stream).cpu())
+        for path in architecture.tables:
+            skeleton.get_submodule(path).to("meta")
         _replace(layers, real_layers)
-        skeleton.set_submodule(norm, real_norm)
+        skeleton.set_submodule(architecture.final_norm, real_norm)
         return [recorder.contexts for recorder in recorders]
 
-    def _slice_embedding(self, batches: list[Tensor]) -> None:
-        """Slice the embedding table E to E·U and start the signals with it."""
-        (path,) = self.model.architecture.embeddings
-        table = self.model.read(f"{path}.weight")
-        moment = SecondMoment(table.shape[1], self.device)
-        for batch in batches:
-            moment.add(table[batch].to(self.device))
-        self.basis = self._principal_basis(moment, 0)
-        narrow = _by_rows(table, self.device, self.writer.dtype, lambda rows: rows @ self.basis)
-        self.writer.add(f"{path}.weight", narrow)
-        self.signals = [
-            (table[batch].to(self.device, torch.float64) @ self.basis).to(self.dtype).cpu()
-            for batch in batches
-        ]
+    def _slice_embedding(self) -> None:
+        """Slice the embedding tables E to E·U and the signals with them."""
+        moment = SecondMoment(self.widths[-1], self.device)
+        for signal in self.signals:
+            moment.add(signal.to(self.device))
+        self._rotate_signals(moment, 0)
+        for path in self.model.architecture.tables:
+            table = self.model.read(f"{path}.weight")
+            narrow = _by_rows(
+                table, self.device, self.writer.dtype, lambda rows: self._centre(rows) @ self.basis
+            )
+            self.writer.add(f"{path}.weight", narrow)
 
     def _slice_layer(
         self,
@@ -148,23 +176,29 @@ class Slicer:
         """Slice one decoder layer, write it, and move the signals past it."""
         architecture = self.model.architecture
         prefix, step = f"{architecture.layers}.{index}", len(architecture.sublayers)
-        norms = {f"{sublayer.norm}.weight" for sublayer in architecture.sublayers}
+        paths = [sublayer.norm for sublayer in architecture.sublayers]
+        norms = [self._read_norm(f"{prefix}.{path}") for path in paths]
+        folded = tuple(f"{path}." for path in paths)
         weights = {
             name: self._read(f"{prefix}.{name}")
             for name, _ in dense.named_parameters()
-            if name not in norms
+            if not name.startswith(folded)
         }
         widths = self.widths[index * step : (index + 1) * step + 1]
-        eps = getattr(self.model.config, architecture.norm_eps)
+        eps = architecture.epsilon(self.model.config)
         layer = SlicedLayer(dense, architecture, widths, self.widths[-1], eps).eval()
         for name, weight in weights.items():
             self._assign(layer, name, weight)
         for number, sublayer in enumerate(architecture.sublayers):
-            scale = self._read(f"{prefix}.{sublayer.norm}.weight").double()
-            scale *= (scale.numel() / widths[number]) ** 0.5
-            for name in (f"{path}.weight" for path in sublayer.reads):
-                weights[name] = (weights[name].double() * scale) @ self.basis
-                self._assign(layer, name, weights[name])
+            scale, shift = norms[number]
+            scale = scale * (self.widths[-1] / widths[number]) ** 0.5
+            for path in sublayer.reads:
+                weight, bias = weights[f"{path}.weight"].double(), f"{path}.bias"
+                weights[f"{path}.weight"] = (weight * scale) @ self.basis
+                if shift is not None:
+                    weights[bias] = weights.get(bias, 0) + weight @ shift
+                for name in {f"{path}.weight", bias} & weights.keys():
+                    self._assign(layer, name, weights[name])
             before = self.basis
             self._advance(
                 partial(_branches, layer, sublayer, contexts),
@@ -172,9 +206,8 @@ class Slicer:
                 advance,
             )
             for path in sublayer.writes:
-                for name in (f"{path}.weight", f"{path}.bias"):
-                    if name in weights:
-                        weights[name] = self.basis.T @ weights[name].double()
+                for name in {f"{path}.weight", f"{path}.bias"} & weights.keys():
+                    weights[name] = self.basis.T @ self._centre(weights[name].double(), dim=0)
             weights[f"{ROTATION}.{number}.weight"] = self.basis.T @ before
         for name, weight in weights.items():
             self.writer.add(f"{prefix}.{name}", weight)
@@ -192,7 +225,7 @@ class Slicer:
         moment = SecondMoment(hidden_size, self.device)
         for index, signal in enumerate(self.signals):
             x = signal.to(self.device)
-            wide = x @ lift + branches(x)
+            wide = self._centre(x @ lift + branches(x))
             if not last:
                 moment.add(wide)
             self.signals[index] = wide.cpu()
@@ -200,27 +233,34 @@ class Slicer:
         if last:
             self.basis = torch.eye(hidden_size, dtype=torch.float64, device=self.device)
             return
-        self.basis = self._principal_basis(moment, place)
-        narrow = self.basis.to(self.dtype)
-        for index, signal in enumerate(self.signals):
-            self.signals[index] = (signal.to(self.device) @ narrow).cpu()
+        self._rotate_signals(moment, place)
 
-    def _principal_basis(self, moment: SecondMoment, place: int) -> Tensor:
+    def _rotate_signals(self, moment: SecondMoment, place: int) -> None:
+        """Find the basis of a place from the moment there, and move the signals into it."""
         if not moment.sum.isfinite().all():
             raise UserError(
                 f"MODEL gives values that are not finite at place {place} of its residual "
                 f"stream: its weights are corrupt or overflow in {self.dtype}"
             )
-        return principal_basis(moment.sum, self.widths[place])
+        self.basis = principal_basis(moment.sum, self.widths[place], self.centred)
+        narrow = self.basis.to(self.dtype)
+        for index, signal in enumerate(self.signals):
+            self.signals[index] = (signal.to(self.device) @ narrow).cpu()
 
     def _fold_head(self) -> None:
-        """Fold the final norm into the head: H·diag(g), at full width."""
+        """Fold the final norm into the head: H·diag(g) at full width, and its shift as a bias."""
         architecture = self.model.architecture
-        scale = self._read(f"{architecture.final_norm}.weight").double()
-        name = f"{architecture.head}.weight"
-        table = self.model.read(name)
-        head = _by_rows(table, self.device, self.writer.dtype, lambda rows: rows * scale)
-        self.writer.add(name, head)
+        scale, shift = self._read_norm(architecture.final_norm)
+        name, bias = f"{architecture.head}.weight", f"{architecture.head}.bias"
+        table = self._read_on_cpu(name)
+        dtype = self.writer.dtype
+        self.writer.add(name, _by_rows(table, self.device, dtype, lambda rows: rows * scale))
+        has_bias = bias in dict(self.model.skeleton.named_parameters())
+        offset = self.model.read(bias).double() if has_bias else 0
+        if shift is not None:
+            offset = offset + _by_rows(table, self.device, torch.float64, lambda rows: rows @ shift)
+        if isinstance(offset, Tensor):
+            self.writer.add(bias, offset)
 
     def _assign(self, layer: nn.Module, name: str, weight: Tensor) -> None:
         path, _, leaf = name.rpartition(".")
@@ -244,9 +284,11 @@ class _Recorder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.contexts: dict[int, dict[str, Any]] = {}
+        self.stream = torch.empty(0)
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
         self.contexts[len(hidden_states)] = context
+        self.stream = hidden_states
         return hidden_states
 
 

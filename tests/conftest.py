@@ -6,7 +6,19 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from sliceserve.slicing.dense import open_dense_model, write_dense
 from sliceserve.slicing.job import SliceOptions, run_slice
@@ -71,6 +83,44 @@ def tiny_config(**changes: Any) -> LlamaConfig:
         "eos_token_id": 256,
     }
     return LlamaConfig(**(fields | changes))
+
+
+def other_configs() -> dict[str, PreTrainedConfig]:
+    """A tiny model of every architecture, each with what is peculiar to it."""
+    gated = {
+        name: getattr(tiny_config(), name)
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads", "num_key_value_heads", "head_dim",
+                     "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+                     "bos_token_id", "eos_token_id")
+    }  # fmt: skip
+    square = gated | {"hidden_size": 128, "num_key_value_heads": 4}
+    del square["head_dim"]
+    longrope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + 0.05 * i for i in range(16)],
+        "long_factor": [2.0 + 0.1 * i for i in range(16)],
+        "original_max_position_embeddings": 256,
+    }
+    return {
+        "llama-biases": tiny_config(attention_bias=True, mlp_bias=True),
+        "llama-tied": tiny_config(tie_word_embeddings=True),
+        "mistral": MistralConfig(**gated, sliding_window=16),
+        "qwen2": Qwen2Config(**gated | {"tie_word_embeddings": True}),
+        "qwen3": Qwen3Config(**gated),
+        "phi3": Phi3Config(**square, rope_parameters=longrope, pad_token_id=None,
+                           original_max_position_embeddings=256, sliding_window=16),
+        "phi": PhiConfig(**square, hidden_act="gelu_new", layer_norm_eps=1e-5),
+        "opt": OPTConfig(
+            vocab_size=257, hidden_size=128, ffn_dim=160, num_hidden_layers=3,
+            num_attention_heads=4, word_embed_proj_dim=128, max_position_embeddings=512,
+            bos_token_id=256, eos_token_id=256, pad_token_id=1,
+        ),
+    }  # fmt: skip
+
+
+OTHER_CONFIGS = other_configs()
 
 
 def save_tiny(directory: Path, config: Any, dtype: torch.dtype) -> Path:

@@ -3,11 +3,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_tiny, tiny_config
-from reference import Reference
+from conftest import OTHER_CONFIGS, save_tiny, tiny_config
+from reference import Reference, exact_norms
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM
 
 from sliceserve.slicing.config import sliced_config
 from sliceserve.slicing.dense import open_dense_model
@@ -16,13 +16,7 @@ from sliceserve.slicing.slicer import Slicer, sliced_width
 from sliceserve.slicing.weights import ShardWriter
 
 IDS = torch.randint(0, 256, (6, 48), generator=torch.Generator().manual_seed(3))
-MISTRAL = MistralConfig(**(tiny_config().to_dict() | {"sliding_window": 16}))
-CONFIGS = {
-    "llama": tiny_config(),
-    "llama-biases": tiny_config(attention_bias=True, mlp_bias=True),
-    "llama-tied": tiny_config(tie_word_embeddings=True),
-    "mistral-sliding-window": MISTRAL,
-}
+CONFIGS = {"llama": tiny_config()} | OTHER_CONFIGS
 
 
 def slice_to(dense: Path, output: Path, widths: list[int], dtype: torch.dtype) -> Any:
@@ -30,24 +24,14 @@ def slice_to(dense: Path, output: Path, widths: list[int], dtype: torch.dtype) -
     output.mkdir()
     model = open_dense_model(str(dense))
     writer = ShardWriter(output, dtype, shard_bytes=100_000)
+    exact_norms(model.skeleton)
     Slicer(model, widths, writer, torch.device("cpu"), dtype).run(IDS, show_progress=False)
     writer.finish()
     name = str(dtype).removeprefix("torch.")
     sliced_config(model.config, model.architecture, widths, model.parameters, name).save_pretrained(
         output
     )
-    return AutoModelForCausalLM.from_pretrained(output, dtype=dtype).eval()
-
-
-def load_dense(directory: Path, dtype: torch.dtype) -> Any:
-    """Load with PyTorch's own RMSNorm: that of Transformers computes in float32 whatever comes."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
-    for path, module in list(model.named_modules()):
-        if path.endswith("norm"):
-            norm = torch.nn.RMSNorm(96, eps=model.config.rms_norm_eps, dtype=dtype)
-            norm.weight = module.weight
-            model.set_submodule(path, norm)
-    return model
+    return exact_norms(AutoModelForCausalLM.from_pretrained(output, dtype=dtype).eval())
 
 
 @torch.no_grad()
@@ -56,23 +40,35 @@ def logits(model: Any, ids: Tensor = IDS) -> Tensor:
     return result
 
 
+def places_of(config: Any) -> int:
+    return int(config.num_hidden_layers) * (1 if config.model_type == "phi" else 2)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_rotating_without_slicing_changes_nothing(name: str, tmp_path: Path) -> None:
+    config = CONFIGS[name]
+    widths = [config.hidden_size] * (places_of(config) + 1)
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
-        dense = save_tiny(tmp_path / f"dense-{dtype}", CONFIGS[name], dtype)
-        expected = logits(load_dense(dense, dtype))
-        sliced = slice_to(dense, tmp_path / f"sliced-{dtype}", [96] * 7, dtype)
+        dense = save_tiny(tmp_path / f"dense-{dtype}", config, dtype)
+        model = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype).eval()
+        expected = logits(exact_norms(model))
+        sliced = slice_to(dense, tmp_path / f"sliced-{dtype}", widths, dtype)
         assert_close(logits(sliced), expected, rtol=0, atol=tolerance)
 
 
-def test_slicing_agrees_with_an_independent_implementation(tmp_path: Path) -> None:
-    dense = save_tiny(tmp_path / "dense", tiny_config(), torch.float64)
-    reference = Reference(str(dense), width=64)
-    reference.calibrate(IDS)
-    sliced = slice_to(dense, tmp_path / "sliced", [64] * 6 + [96], torch.float64)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_slicing_agrees_with_an_independent_implementation(name: str, tmp_path: Path) -> None:
+    config = CONFIGS[name]
+    dense = save_tiny(tmp_path / "dense", config, torch.float64)
+    layers = "model.decoder.layers" if name == "opt" else "model.layers"
+    reference = Reference(str(dense), width=72, layers=layers, parallel=name == "phi")
     fresh = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(4))
+    unsliced = reference.logits(fresh)
+    reference.calibrate(IDS)
+    widths = [72] * places_of(config) + [config.hidden_size]
+    sliced = slice_to(dense, tmp_path / "sliced", widths, torch.float64)
     expected = reference.logits(fresh)
-    assert (expected - logits(reference.hf, fresh)).abs().max() > 0.1, "slicing must cost something"
+    assert (expected - unsliced).abs().max() > 0.1, "slicing must cost something"
     assert_close(logits(sliced, fresh), expected, rtol=0, atol=1e-8)
 
 
@@ -87,7 +83,8 @@ def test_weights_of_finished_layers_are_let_go(tiny: Path, tmp_path: Path) -> No
 def test_widths_may_differ_from_place_to_place(tmp_path: Path) -> None:
     dense = save_tiny(tmp_path / "dense", tiny_config(), torch.float64)
     widths = [96, 96, 88, 96, 80, 96, 96]
-    expected = logits(load_dense(dense, torch.float64))
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float64).eval()
+    expected = logits(exact_norms(model))
     sliced = slice_to(dense, tmp_path / "sliced", widths, torch.float64)
     got = logits(sliced)
     assert got.shape == expected.shape
@@ -128,6 +125,16 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     dense = save_tiny(tmp_path / "dense", tiny_config(), torch.float32)
     model = AutoModelForCausalLM.from_pretrained(dense)
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
+    model.save_pretrained(dense)
+    name = "'model.layers.1.mlp.down_proj.weight'"
+    with pytest.raises(UserError, match=f"not finite in its tensor {name}"):
+        slice_to(dense, tmp_path / "sliced", [64] * 6 + [96], torch.float32)
+
+
+def test_signals_that_overflow_are_refused(tmp_path: Path) -> None:
+    dense = save_tiny(tmp_path / "dense", tiny_config(), torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    model.model.layers[1].mlp.down_proj.weight.data *= 1e38
     model.save_pretrained(dense)
     with pytest.raises(UserError, match="not finite at place 4"):
         slice_to(dense, tmp_path / "sliced", [64] * 6 + [96], torch.float32)

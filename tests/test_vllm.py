@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import OTHER_CONFIGS, save_tiny
 from safetensors.torch import load_file, save_file
 from test_checkpoint import damage_tensors, shard
 from transformers import AutoModelForCausalLM
@@ -21,10 +22,11 @@ EAGER = {"enforce_eager": True}
 
 
 def run_vllm(
-    directory: Path, prompts: list[list[int]], tokens: int, options: dict[str, Any]
+    directories: list[Path], prompts: list[list[int]], tokens: int, options: dict[str, Any]
 ) -> subprocess.CompletedProcess[str]:
     script = Path(__file__).with_name("vllm_generate.py")
-    request = {"directory": str(directory), "prompts": prompts, "tokens": tokens}
+    names = [str(directory) for directory in directories]
+    request = {"directories": names, "prompts": prompts, "tokens": tokens}
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if options.get("tensor_parallel_size") or options.get("pipeline_parallel_size"):
         # Two workers share the cores; vLLM's own binding wants a NUMA node for each.
@@ -38,14 +40,20 @@ def run_vllm(
     )
 
 
+def generate_each(
+    directories: list[Path], prompts: list[list[int]], tokens: int, options: dict[str, Any]
+) -> list[list[dict[str, Any]]]:
+    result = run_vllm(directories, prompts, tokens, options)
+    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(lines) == len(directories), result.stdout[-3000:] + result.stderr[-6000:]
+    return [json.loads(line.removeprefix("RESULT ")) for line in lines]
+
+
 def generate(
     directory: Path, prompts: list[list[int]], tokens: int, options: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    result = run_vllm(directory, prompts, tokens, options)
-    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
-    assert len(lines) == 1, result.stdout[-3000:] + result.stderr[-6000:]
-    parsed: list[dict[str, Any]] = json.loads(lines[0].removeprefix("RESULT "))
-    return parsed
+    (results,) = generate_each([directory], prompts, tokens, options)
+    return results
 
 
 @torch.no_grad()
@@ -93,6 +101,39 @@ def test_vllm_agrees_with_transformers(options: dict[str, Any], uneven: Path) ->
         assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-3)
 
 
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A sliced tiny model of every other architecture, with the greedy tokens of Transformers."""
+    directories = {}
+    for name, config in OTHER_CONFIGS.items():
+        work = tmp_path_factory.mktemp(name)
+        dense = save_tiny(work / "dense", config, torch.float32)
+        directories[name] = work / "sliced"
+        options = SliceOptions(str(dense), work / "sliced", samples=8, sequence_length=64)
+        run_slice(options, show_progress=False)
+    return directories
+
+
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        pytest.param([*OTHER_CONFIGS], EAGER, id="eager"),
+        pytest.param(["phi"], EAGER | {"tensor_parallel_size": 2}, id="phi-tp2"),
+        pytest.param(["opt"], EAGER | {"tensor_parallel_size": 2}, id="opt-tp2"),
+        pytest.param(["opt"], {"pipeline_parallel_size": 2}, id="opt-pp2-compiled"),
+    ],
+)
+def test_vllm_agrees_for_every_architecture(
+    names: list[str], options: dict[str, Any], others: dict[str, Path]
+) -> None:
+    results = generate_each([others[name] for name in names], PROMPTS, 12, options)
+    for name, got in zip(names, results, strict=True):
+        expected = greedy(others[name], PROMPTS, tokens=12)
+        for ours, theirs in zip(got, expected, strict=True):
+            assert ours["tokens"] == theirs["tokens"], name
+            assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-3), name
+
+
 def test_fraction_zero_gives_the_dense_models_tokens(
     smollm2: Path, prompts: list[list[int]], tmp_path: Path
 ) -> None:
@@ -113,7 +154,7 @@ def test_vllm_lists_all_wrong_tensors_in_one_error(tiny_sliced: Path, tmp_path: 
     tensors = load_file(shard(copy))
     damage_tensors(tensors)
     save_file(tensors, shard(copy), metadata={"format": "pt"})
-    result = run_vllm(copy, PROMPTS, 1, EAGER)
+    result = run_vllm([copy], PROMPTS, 1, EAGER)
     assert result.returncode != 0
     output = result.stdout + result.stderr
     assert "ValueError: the checkpoint does not hold the tensors its config implies" in output
@@ -123,7 +164,7 @@ def test_vllm_lists_all_wrong_tensors_in_one_error(tiny_sliced: Path, tmp_path: 
 
 
 def test_prompt_embeddings_are_refused(tiny_sliced: Path) -> None:
-    result = run_vllm(tiny_sliced, PROMPTS, 1, EAGER | {"enable_prompt_embeds": True})
+    result = run_vllm([tiny_sliced], PROMPTS, 1, EAGER | {"enable_prompt_embeds": True})
     assert result.returncode != 0
     output = result.stdout + result.stderr
     assert "--enable-prompt-embeds cannot be used with a sliced model" in output

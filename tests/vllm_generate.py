@@ -1,4 +1,4 @@
-"""Run vLLM once, in a process of its own, and print what it generated as one line of JSON."""
+"""Run vLLM on each of some models and print what it generated, one line of JSON for each."""
 
 import json
 import os
@@ -6,7 +6,16 @@ import sys
 from typing import Any
 
 
-def main(directory: str, prompts: list[list[int]], tokens: int, options: dict[str, Any]) -> None:
+def main(
+    directories: list[str], prompts: list[list[int]], tokens: int, options: dict[str, Any]
+) -> None:
+    for directory in directories:
+        print("RESULT " + json.dumps(generate(directory, prompts, tokens, options)), flush=True)
+
+
+def generate(
+    directory: str, prompts: list[list[int]], tokens: int, options: dict[str, Any]
+) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -32,7 +41,8 @@ def main(directory: str, prompts: list[list[int]], tokens: int, options: dict[st
         ids = list(completion.token_ids)
         chosen = [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]
         results.append({"tokens": ids, "logprobs": chosen})
-    print("RESULT " + json.dumps(results), flush=True)
+    llm.llm_engine.engine_core.shutdown()
+    return results
 
 
 if __name__ == "__main__":

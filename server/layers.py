@@ -1,0 +1,221 @@
+"""Decoder layers of a sliced model in vLLM: our residual stream around vLLM's attention and MLP.
+
+Every sublayer moves the stream by x ← x·S + Σ branch(norm(x)); widths may change at each.
+Under tensor parallelism rotations are replicated: they need no communication of their own.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.activation import get_act_fn
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.models.llama import LlamaAttention, LlamaMLP
+from vllm.model_executor.models.qwen3 import Qwen3Attention
+
+from sliceserve.slicing.architectures import Architecture, Sublayer
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class _NoRotaryEmbedding(nn.Module):
+    def forward(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        return q, k
+
+
+class UnrotatedAttention(LlamaAttention):  # type: ignore[misc]
+    """Attention of models that learn their positions and add them to the embedding."""
+
+    def _init_rotary_emb(self, config: Any, quant_config: Any) -> None:  # noqa: ARG002
+        self.rotary_emb = _NoRotaryEmbedding()
+
+
+class LayerBuilder:
+    """Makes the branches of one decoder layer out of vLLM's own modules.
+
+    Linears that stand alone take their sizes from the tensors that the checkpoint must hold; so do
+    the biases of attention, of which each architecture has others.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, architecture: Architecture, shapes: Shapes, prefix: str
+    ) -> None:
+        self.config = vllm_config.model_config.hf_config
+        self.cache_config = vllm_config.cache_config
+        self.quant_config = vllm_config.quant_config
+        self.architecture = architecture
+        self.prefix = prefix
+        index = prefix.rsplit(".", 1)[1]
+        self.shapes = {
+            name.removeprefix(stem): shape
+            for stem in [f"{architecture.layers}.{index}."]
+            for name, shape in shapes.items()
+            if name.startswith(stem)
+        }
+
+    def build(self, path: str, sublayer: Sublayer) -> nn.Module:
+        """Make the module at `path` of the layer, which is a link of a branch of `sublayer`."""
+        if path == self.architecture.attention:
+            return self.attention(sublayer)
+        if path in sublayer.reads:
+            return self.linear(ColumnParallelLinear, path)
+        if path in sublayer.writes:
+            return self.linear(RowParallelLinear, path)
+        if path == "mlp":
+            return self.gated_mlp(sublayer)
+        names = ("hidden_act", "activation_function")
+        (name,) = (getattr(self.config, name) for name in names if hasattr(self.config, name))
+        activation: nn.Module = get_act_fn(name)
+        return activation
+
+    def linear(self, kind: type, path: str) -> nn.Module:
+        """Make a linear that reads or writes the stream."""
+        out_width, in_width = self.shapes[f"{path}.weight"]
+        linear: nn.Module = kind(
+            in_width,
+            out_width,
+            bias=self.has_bias(path),
+            quant_config=self.quant_config,
+            prefix=f"{self.prefix}.{path}",
+        )
+        return linear
+
+    def has_bias(self, path: str) -> bool:
+        """Whether the checkpoint has a bias for a linear of the layer."""
+        return f"{path}.bias" in self.shapes
+
+    def attention(self, sublayer: Sublayer) -> nn.Module:
+        """Make attention; its output is as wide as the next place of the stream."""
+        config, path = self.config, self.architecture.attention
+        reads = [name for name in sublayer.reads if name.startswith(f"{path}.")]
+        (write,) = (name for name in sublayer.writes if name.startswith(f"{path}."))
+        heads = config.num_attention_heads
+        common: dict[str, Any] = {
+            "hidden_size": self.shapes[f"{reads[0]}.weight"][1],
+            "num_heads": heads,
+            "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+            "cache_config": self.cache_config,
+            "quant_config": self.quant_config,
+            "prefix": f"{self.prefix}.{path}",
+        }
+        attention: nn.Module
+        if self.has_norm(f"{path}.q_norm"):
+            attention = Qwen3Attention(
+                rope_parameters=config.rope_parameters,
+                max_position=config.max_position_embeddings,
+                head_dim=config.head_dim,
+                rms_norm_eps=self.architecture.epsilon(config),
+                qkv_bias=self.has_bias(reads[0]),
+                **common,
+            )
+        else:
+            kind = UnrotatedAttention if self.architecture.positions else LlamaAttention
+            attention = kind(
+                config=config,
+                max_position_embeddings=config.max_position_embeddings,
+                bias=self.has_bias(reads[0]),
+                **common,
+            )
+        attention.o_proj = self.linear(RowParallelLinear, write)
+        return attention
+
+    def has_norm(self, path: str) -> bool:
+        """Whether the layer has a norm of its own beside those of the stream."""
+        return f"{path}.weight" in self.shapes
+
+    def gated_mlp(self, sublayer: Sublayer) -> nn.Module:
+        """Make a gated MLP; its output is as wide as the next place of the stream."""
+        (write,) = (name for name in sublayer.writes if name.startswith("mlp."))
+        mlp: nn.Module = LlamaMLP(
+            hidden_size=self.shapes[f"{sublayer.reads[0]}.weight"][1],
+            intermediate_size=self.config.intermediate_size,
+            hidden_act=self.config.hidden_act,
+            quant_config=self.quant_config,
+            bias=self.has_bias(sublayer.reads[0]),
+            prefix=f"{self.prefix}.mlp",
+        )
+        mlp.down_proj = self.linear(RowParallelLinear, write)
+        return mlp
+
+
+class SlicedDecoderLayer(nn.Module):
+    """One decoder layer, described by its architecture, on a stream of changing width."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        architecture: Architecture,
+        widths: list[int],
+        shapes: Shapes,
+        prefix: str,
+    ) -> None:
+        """Make the layer.
+
+        Args:
+            vllm_config: of the engine.
+            architecture: the description of the base model.
+            widths: of the stream, one entry per sublayer and one more.
+            shapes: of all tensors of the checkpoint.
+            prefix: the layer's path; its last part is its index.
+
+        """
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        eps = architecture.epsilon(config)
+        builder = LayerBuilder(vllm_config, architecture, shapes, prefix)
+        self.architecture = architecture
+        rotations: list[nn.Module] = []
+        for sublayer, width, next_width in zip(
+            architecture.sublayers, widths[:-1], widths[1:], strict=True
+        ):
+            self.add_module(sublayer.norm, sliced_norm(width, config.hidden_size, eps))
+            for path in (path for branch in sublayer.branches for path in branch):
+                self._add(path, builder.build(path, sublayer))
+            # S is stored as a linear's weight [next_width, width]; no quantisation.
+            rotations.append(
+                ReplicatedLinear(
+                    width,
+                    next_width,
+                    bias=False,
+                    return_bias=False,
+                    prefix=f"{prefix}.residual_rotation.{len(rotations)}",
+                )
+            )
+        self.residual_rotation = nn.ModuleList(rotations)
+
+    def _add(self, path: str, module: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        if parent and parent not in dict(self.named_children()):
+            self.add_module(parent, nn.Module())
+        self.get_submodule(parent).add_module(name, module)
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        """Run the layer: [tokens, widths[0]] to [tokens, widths[-1]]."""
+        sublayers = self.architecture.sublayers
+        for sublayer, rotation in zip(sublayers, self.residual_rotation, strict=True):
+            normed = self.get_submodule(sublayer.norm)(hidden_states)
+            hidden_states = rotation(hidden_states)
+            for branch in sublayer.branches:
+                hidden_states = hidden_states + self._run(branch, positions, normed)
+        return hidden_states
+
+    def _run(self, branch: tuple[str, ...], positions: Tensor, x: Tensor) -> Tensor:
+        for path in branch:
+            module = self.get_submodule(path)
+            if path == self.architecture.attention:
+                x = module(positions=positions, hidden_states=x)
+            else:
+                result = module(x)
+                # vLLM's linears return their bias as well.
+                x = result[0] if isinstance(result, tuple) else result
+        return x
+
+
+def sliced_norm(width: int, hidden_size: int, eps: float) -> RMSNorm:
+    """Make the norm of a sliced stream: no weights, epsilon for the original hidden_size."""
+    return RMSNorm(width, eps=eps * hidden_size / width, has_weight=False)
