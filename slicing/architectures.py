@@ -176,6 +176,6 @@ def check_variant(where: str, config: Any, architecture: Architecture) -> None:
         found = getattr(config, name, value)
         if found != value:
             raise UserError(
-                f"{where} is a {architecture.causal_lm} with {name}={found!r}; only {value!r} is "
+                f"{where}: {architecture.causal_lm} with {name}={found!r} where only {value!r} is "
                 "supported"
             )

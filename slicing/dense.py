@@ -150,7 +150,7 @@ def check_covered(location: Location, skeleton: nn.Module, architecture: Archite
     strange = [name for name, _ in skeleton.named_parameters() if not name.startswith(prefixes)]
     if strange:
         raise UserError(
-            f"MODEL {location} is a {architecture.causal_lm} with parts that are not supported: "
+            f"MODEL {location}: {architecture.causal_lm} with parts that are not supported: "
             + ", ".join(strange)
         )
 

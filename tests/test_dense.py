@@ -7,10 +7,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny, tiny_config
+from conftest import OTHER_CONFIGS, save_tiny, tiny_config
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, PhiConfig
 
 from sliceserve.slicing.dense import open_dense_model, write_dense
 from sliceserve.slicing.errors import UserError
@@ -116,6 +116,25 @@ def test_an_unsupported_architecture_is_named(tmp_path: Path) -> None:
     sentence = refusal(tmp_path / "gpt2")
     assert "architecture 'GPT2LMHeadModel' is not supported" in sentence
     assert "LlamaForCausalLM" in sentence
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"do_layer_norm_before": False}, "with do_layer_norm_before=False where only True"),
+        ({"word_embed_proj_dim": 64}, "parts that are not supported: model.decoder.project_out"),
+        ({"_remove_final_layer_norm": True}, "with _remove_final_layer_norm=True"),
+    ],
+)
+def test_variants_of_opt_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = OPTConfig(**OTHER_CONFIGS["opt"].to_dict() | change)
+    dense = save_tiny(tmp_path / "dense", config, torch.float32)
+    assert message in refusal(dense)
+
+
+def test_a_phi_with_normed_queries_is_refused(tmp_path: Path) -> None:
+    config = PhiConfig(**OTHER_CONFIGS["phi"].to_dict() | {"qk_layernorm": True})
+    assert "with qk_layernorm=True" in refusal(save_tiny(tmp_path / "phi", config, torch.float32))
 
 
 @pytest.mark.parametrize("kept", [0, 3, 20, 1000, 1_000_000, 60_000_000])

@@ -31,6 +31,9 @@ def run_vllm(
     if options.get("tensor_parallel_size") or options.get("pipeline_parallel_size"):
         # Two workers share the cores; vLLM's own binding wants a NUMA node for each.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    else:
+        # The engine in the same process: another start of Python and vLLM takes most of the time.
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return subprocess.run(
         [sys.executable, str(script), json.dumps(request | {"options": options})],
         capture_output=True,
@@ -103,7 +106,7 @@ def test_vllm_agrees_with_transformers(options: dict[str, Any], uneven: Path) ->
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A sliced tiny model of every other architecture, with the greedy tokens of Transformers."""
+    """A sliced tiny model of every other architecture."""
     directories = {}
     for name, config in OTHER_CONFIGS.items():
         work = tmp_path_factory.mktemp(name)
@@ -119,7 +122,6 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     [
         pytest.param([*OTHER_CONFIGS], EAGER, id="eager"),
         pytest.param(["phi"], EAGER | {"tensor_parallel_size": 2}, id="phi-tp2"),
-        pytest.param(["opt"], EAGER | {"tensor_parallel_size": 2}, id="opt-tp2"),
         pytest.param(["opt"], {"pipeline_parallel_size": 2}, id="opt-pp2-compiled"),
     ],
 )

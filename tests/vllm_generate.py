@@ -17,6 +17,7 @@ def generate(
     directory: str, prompts: list[list[int]], tokens: int, options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     llm = LLM(
         model=directory,
@@ -42,6 +43,8 @@ def generate(
         chosen = [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]
         results.append({"tokens": ids, "logprobs": chosen})
     llm.llm_engine.engine_core.shutdown()
+    del llm
+    cleanup_dist_env_and_memory()
     return results
 
 
