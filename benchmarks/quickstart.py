@@ -49,7 +49,7 @@ def main() -> int:
     log = options.work / "vllm.log"
     options.work.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
-    for partial in options.work.glob(".*.partial-*"):
+    for partial in options.work.glob(".*.partial"):
         shutil.rmtree(partial)
     try:
         prepare_dense(options.model, dense)

@@ -1,5 +1,6 @@
 """The sliced checkpoint on disk (docs/checkpoint.md): written beside, renamed, read, checked."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -53,40 +54,67 @@ class CheckpointSummary:
 
 
 @contextmanager
-def staged_directory(output: Path, expected_bytes: int) -> Iterator[Path]:
+def staged_directory(output: Path, expected_bytes: int, resume: bool = False) -> Iterator[Path]:
     """Give a directory beside `output` that becomes `output` when all went well.
 
-    Whatever ends the block early, an interrupt too, removes what was written.
+    Whatever ends the block early, an interrupt too, removes what was written, unless `resume` says
+    that a later run is to go on with it. What a killed run left is never removed.
 
     Raises:
-        UserError: `output` exists, its parent cannot be written, or the disk is (or gets) full.
+        UserError: `output` exists, its parent cannot be written, the disk is (or gets) full, or an
+            unfinished directory is there that another run writes or that is not to be resumed.
 
     """
     if output.exists() or output.is_symlink():
         raise UserError(f"--output {str(output)!r} exists already")
-    staging = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    staging = output.with_name(f".{output.name}.partial")
     made = [parent for parent in output.parents if not parent.exists()]
+    if staging.exists() and not resume:
+        raise UserError(
+            f"{str(staging)!r} is left of an unfinished run: go on with --resume, or delete it"
+        )
+    finished = False
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(output.parent).free
-        if free < expected_bytes:
-            raise UserError(
-                f"--output {str(output)!r} needs about {expected_bytes / 1e9:.2f} GB and its disk "
-                f"has {free / 1e9:.2f} GB left"
-            )
-        staging.mkdir()
-        yield staging
-        sync_directory(staging)
-        staging.rename(output)
+        staging.mkdir(exist_ok=True)
+        with _locked(staging):
+            free = shutil.disk_usage(staging).free + _size(staging)
+            if free < expected_bytes:
+                raise UserError(
+                    f"--output {str(output)!r} needs about {expected_bytes / 1e9:.2f} GB and its "
+                    f"disk has {free / 1e9:.2f} GB left"
+                )
+            yield staging
+            sync_directory(staging)
+            staging.rename(output)
+            finished = True
     except OSError as error:
         raise UserError(f"--output {str(output)!r} cannot be written: {error}") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not output.exists():
+        if not finished and not resume:
+            shutil.rmtree(staging, ignore_errors=True)
             for parent in made:
                 # One that was not made, or that someone else uses by now, stays.
                 with suppress(OSError):
                     parent.rmdir()
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold a directory against a second run; the lock ends with the process, killed or not."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another run is writing {str(directory)!r}") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def sync_directory(directory: Path) -> None:

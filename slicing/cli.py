@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -101,6 +102,18 @@ def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--seed", type=int, default=0, help="chooses the windows")
     parser.add_argument("--device", help="where to compute, for instance cuda:0 (a GPU if any)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights written (the model's)")
+    parser.add_argument(
+        "--memory-limit",
+        type=_bytes,
+        metavar="SIZE",
+        help="of host memory, such as 24GB; calibration signals that do not fit go to a file "
+        "beside the output (most of what is available)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what is unfinished when the run ends early, and go on from it",
+    )
 
 
 def _add_inspect(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -138,7 +151,15 @@ def slice_command(device: str | None, **options: object) -> int:
 
     quiet_transformers()
     chosen = SliceOptions(device=device or _default_device(), **options)  # type: ignore[arg-type]
-    print(describe(run_slice(chosen)))
+    try:
+        run = run_slice(chosen)
+    except KeyboardInterrupt:
+        if chosen.resume:
+            raise UserError("interrupted; the same command goes on where it stopped") from None
+        raise
+    print(describe(run.summary))
+    print(f"{'took':<12} {run.stopwatch}")
+    print(f"{'memory':<12} {run.peak_bytes / 1e9:.2f} GB at most, signals in {run.signals_home}")
     return 0
 
 
@@ -197,6 +218,15 @@ def _positive(text: str) -> int:
     return value
 
 
+def _bytes(text: str) -> int:
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    match = re.fullmatch(r"([0-9.]+) *([a-z]*)", text.strip(), re.IGNORECASE)
+    if not match or match[2].upper() not in units:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 24GB or 512MiB")
+    return int(float(match[1]) * units[match[2].upper()])
+
+
 def _window(text: str) -> int:
     value = int(text)
     if value < 2:
@@ -212,6 +242,7 @@ def _interrupt(_signum: int, _frame: object) -> NoReturn:
 _fraction.__name__ = "fraction"
 _positive.__name__ = "number"
 _window.__name__ = "number"
+_bytes.__name__ = "size"
 
 if __name__ == "__main__":
     sys.exit(main())

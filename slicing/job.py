@@ -3,6 +3,8 @@
 import importlib.metadata
 import json
 import platform
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,16 @@ from sliceserve.slicing.config import sliced_config
 from sliceserve.slicing.dense import DenseModel, open_dense_model
 from sliceserve.slicing.devices import checked_device, within_memory
 from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.memory import peak_bytes, signal_budget
 from sliceserve.slicing.modeling import expected_shapes
+from sliceserve.slicing.parts import PartWriter, assemble_shards, remove_shards
+from sliceserve.slicing.progress import Progress
 from sliceserve.slicing.slicer import Slicer, sliced_width
 from sliceserve.slicing.source import copy_tokenizer, load_tokenizer
-from sliceserve.slicing.weights import ShardWriter
+from sliceserve.slicing.stopwatch import Stopwatch
+
+METHOD = "SliceGPT (arXiv 2401.15024): sequential PCA, dense rotations, full-width head"
+UNFINISHED = "unfinished"
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,8 @@ class SliceOptions:
         sequence_length: tokens in a window.
         round_to: the width kept is a multiple of this.
         dtype: of the stored weights; None keeps the source's (bfloat16 for a GGUF file).
+        memory_limit: bytes of host memory; None takes most of what is available.
+        resume: keep what is unfinished when the run ends early, and go on from it.
 
     """
 
@@ -51,9 +61,29 @@ class SliceOptions:
     seed: int = 0
     device: str = "cpu"
     dtype: str | None = None
+    memory_limit: int | None = None
+    resume: bool = False
 
 
-def run_slice(options: SliceOptions, show_progress: bool = True) -> CheckpointSummary:
+@dataclass(frozen=True)
+class SliceRun:
+    """A finished run.
+
+    Attributes:
+        summary: of the checkpoint written.
+        stopwatch: where the time went.
+        signals_home: where the calibration signals were kept.
+        peak_bytes: the largest memory the process has held.
+
+    """
+
+    summary: CheckpointSummary
+    stopwatch: Stopwatch
+    signals_home: str
+    peak_bytes: int
+
+
+def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
     """Slice a model into `options.output`, which appears only when it is complete.
 
     Raises:
@@ -91,19 +121,42 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> CheckpointSu
         str(dtype).removeprefix("torch."),
     )
     numbers = sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
-    with staged_directory(options.output, numbers * dtype.itemsize) as staging:
-        writer = ShardWriter(staging, dtype)
-        forward_dtype = torch.float32 if device.type == "cpu" else model.dtype
+    forward_dtype = torch.float32 if device.type == "cpu" else model.dtype
+    signal_bytes = signal_budget(model, options.memory_limit, device, dtype)
+    job = describe_job(options, text, forward_dtype)
+    files = {file.name: [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in model.files}
+    # The weights, and the signals three times: spilled, saved, and saved anew.
+    room = numbers * dtype.itemsize
+    room += 3 * windows.numel() * widths[-1] * forward_dtype.itemsize
+    with (
+        staged_directory(options.output, room, options.resume) as staging,
+        ThreadPoolExecutor(1) as hasher,
+    ):
+        progress = Progress(staging / UNFINISHED, job | {"source files": files})
+        if not progress.part_bytes:
+            remove_shards(staging)
+        sha256 = hasher.submit(model.sha256)
+        writer = PartWriter(progress.directory, dtype)
+        slicer = Slicer(model, widths, writer, device, forward_dtype, signal_bytes)
         with within_memory(device):
-            Slicer(model, widths, writer, device, forward_dtype).run(windows, show_progress)
-        writer.finish()
+            slicer.run(windows, progress, show_progress)
+        with slicer.stopwatch("writing"):
+            assemble_shards(progress.directory, staging, progress.part_bytes)
         config.save_pretrained(staging)
         copy_tokenizer(model.location, staging)
         copy_generation_config(model, staging)
-        record = provenance(options, model, text, forward_dtype)
+        source = {
+            "model": options.model,
+            "files": list(files),
+            "sha256": sha256.result(),
+            "parameters": model.parameters,
+        }
+        record = {"method": METHOD, "source": source, **job}
         (staging / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
         read_checkpoint_summary(staging)
-    return read_checkpoint_summary(options.output)
+        shutil.rmtree(progress.directory)
+    summary = read_checkpoint_summary(options.output)
+    return SliceRun(summary, slicer.stopwatch, slicer.signals.home, peak_bytes())
 
 
 def copy_generation_config(model: DenseModel, staging: Path) -> None:
@@ -116,23 +169,16 @@ def copy_generation_config(model: DenseModel, staging: Path) -> None:
     generation.save_pretrained(staging)
 
 
-def provenance(
-    options: SliceOptions, model: DenseModel, text: Text, forward_dtype: torch.dtype
-) -> dict[str, Any]:
-    """Return what one needs to make the same checkpoint again."""
-    chosen = asdict(options) | {"output": options.output.name}
+def describe_job(options: SliceOptions, text: Text, forward_dtype: torch.dtype) -> dict[str, Any]:
+    """Return what determines the result beside the source, as plain JSON."""
+    chosen = asdict(options)
+    for name in ("output", "memory_limit", "resume"):
+        del chosen[name]
     versions = {
         name: importlib.metadata.version(name)
         for name in ("sliceserve", "torch", "transformers", "safetensors", "numpy")
     }
     return {
-        "method": "SliceGPT (arXiv 2401.15024): sequential PCA, dense rotations, full-width head",
-        "source": {
-            "model": options.model,
-            "files": [file.name for file in model.files],
-            "sha256": model.sha256(),
-            "parameters": model.parameters,
-        },
         "calibration": {"text": text.name, "sha256": text.sha256},
         "options": chosen,
         "forward_dtype": str(forward_dtype).removeprefix("torch."),

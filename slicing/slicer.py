@@ -7,6 +7,7 @@ The head keeps its full width: the last writers and the last S lead back to all 
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -19,10 +20,14 @@ from sliceserve.slicing.dense import DenseModel
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.modeling import ROTATION, SlicedLayer
 from sliceserve.slicing.moments import SecondMoment, principal_basis
-from sliceserve.slicing.weights import ShardWriter
+from sliceserve.slicing.parts import PartWriter
+from sliceserve.slicing.progress import Progress
+from sliceserve.slicing.recording import Contexts, record
+from sliceserve.slicing.signals import Signals, make_signals
+from sliceserve.slicing.stopwatch import Stopwatch
 
 TOKENS_PER_BATCH = 4096
-ROWS_PER_PRODUCT = 16384
+ROWS_PER_PRODUCT = 4096
 
 
 def sliced_width(hidden_size: int, fraction: float, round_to: int) -> int:
@@ -53,9 +58,10 @@ class Slicer:
         self,
         model: DenseModel,
         widths: list[int],
-        writer: ShardWriter,
+        writer: PartWriter,
         device: torch.device,
         dtype: torch.dtype,
+        signal_bytes: int,
     ) -> None:
         """Prepare a run.
 
@@ -65,6 +71,7 @@ class Slicer:
             writer: takes the sliced weights as they are done.
             device: where layers run.
             dtype: of the forward pass; moments, bases and rotations are float64 throughout.
+            signal_bytes: of the host's memory that calibration signals may take; more spill.
 
         """
         self.model = model
@@ -72,50 +79,89 @@ class Slicer:
         self.writer = writer
         self.device = device
         self.dtype = dtype
-        self.signals: list[Tensor] = []
+        self.signal_bytes = signal_bytes
+        self.stopwatch = Stopwatch(device)
         self.basis = torch.empty(0)
         final_norm = model.skeleton.get_submodule(model.architecture.final_norm)
         self.centred = isinstance(final_norm, nn.LayerNorm)
+        self.layers: Any = model.skeleton.get_submodule(model.architecture.layers)
+        self.signals: Signals
 
     @torch.no_grad()
-    def run(self, windows: Tensor, show_progress: bool = True) -> None:
-        """Slice the model with calibration tokens [samples, sequence_length].
+    def run(self, windows: Tensor, progress: Progress, show_progress: bool = True) -> None:
+        """Slice the model with calibration tokens [samples, sequence_length], from where it stands.
 
         Raises:
-            UserError: the dense model gives values that are not finite.
+            UserError: the dense model holds or gives values that are not finite.
 
         """
-        architecture = self.model.architecture
-        layers: Any = self.model.skeleton.get_submodule(architecture.layers)
-        batches = list(_split(windows, max(1, TOKENS_PER_BATCH // windows.shape[1])))
-        steps = len(layers) * len(architecture.sublayers) * len(batches)
-        with tqdm(total=steps, disable=not show_progress, unit="batch") as bar:
+        batches = _split(windows, max(1, TOKENS_PER_BATCH // windows.shape[1]))
+        capacities = [batch.numel() * self.widths[-1] for batch in batches]
+        spill = progress.directory / "spilled.bin"
+        self.signals = make_signals(capacities, self.dtype, self.device, self.signal_bytes, spill)
+        count, steps = len(self.layers), len(self.model.architecture.sublayers) * len(batches)
+        done = len(progress.part_bytes)
+        bar = tqdm(
+            total=count * steps,
+            initial=max(0, min(done - 1, count)) * steps,
+            disable=not show_progress,
+            unit="batch",
+        )
+        with bar, ThreadPoolExecutor(1) as loader:
             bar.set_description("slicing embedding")
-            contexts = self._start(layers, batches)
-            self._slice_embedding()
-            for index in range(len(layers)):
-                bar.set_description(f"slicing layer {index + 1}/{len(layers)}")
-                self._slice_layer(index, layers[index], contexts[index], bar.update)
+            if done == 0:
+                contexts = self._start(batches)
+                progress.finish_part(self.writer.write(0), self.signals, self.basis)
+            elif done <= count:
+                contexts = record(
+                    self.model, one_of_each_size(batches), self.device, self.dtype, _ignore
+                )
+                self.basis = progress.restore(self.signals, self.dtype, self.device)
+            first = max(0, done - 1)
+            ahead = loader.submit(self._read_layer, first) if first < count else None
+            for index in range(count):
+                if index >= first and ahead is not None:
+                    bar.set_description(f"slicing layer {index + 1}/{count}")
+                    with self.stopwatch("loading"):
+                        weights = ahead.result()
+                    if index + 1 < count:
+                        ahead = loader.submit(self._read_layer, index + 1)
+                    self._slice_layer(index, weights, contexts[index], bar.update)
+                    with self.stopwatch("writing"):
+                        part = self.writer.write(index + 1)
+                        progress.finish_part(part, self.signals, self.basis)
                 # The sliced layer is made of the dense one's modules: let go of its weights.
-                layers[index] = nn.Identity()
-        self._fold_head()
+                self.layers[index] = nn.Identity()
+        if len(progress.part_bytes) == count + 1:
+            self._fold_head()
+            progress.finish_part(self.writer.write(count + 1))
 
-    def _read_on_cpu(self, name: str) -> Tensor:
+    def _read(self, name: str) -> Tensor:
+        """Read a tensor on the CPU; there must be no NaN or infinity in it."""
         weight = self.model.read(name)
         if not weight.isfinite().all():
             raise UserError(f"MODEL holds values that are not finite in its tensor {name!r}")
         return weight
 
-    def _read(self, name: str) -> Tensor:
-        return self._read_on_cpu(name).to(self.device)
+    def _read_layer(self, index: int) -> dict[str, Tensor]:
+        """Read all tensors of a layer, pinned where a GPU is to take them."""
+        prefix = f"{self.model.architecture.layers}.{index}"
+        names = [name for name, _ in self.layers[index].named_parameters()]
+        weights = {name: self._read(f"{prefix}.{name}") for name in names}
+        if self.device.type == "cuda":
+            return {name: weight.pin_memory() for name, weight in weights.items()}
+        return weights
 
-    def _read_norm(self, path: str) -> tuple[Tensor, Tensor | None]:
-        """Read a norm's scale g and shift, [hidden_size] in float64."""
-        names = dict(self.model.skeleton.get_submodule(path).named_parameters())
+    def _norm(self, path: str, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return a norm's scale g and shift, [hidden_size] in float64."""
         scale = torch.ones(self.widths[-1], dtype=torch.float64, device=self.device)
-        if "weight" in names:
-            scale = self._read(f"{path}.weight").double()
-        return scale, self._read(f"{path}.bias").double() if "bias" in names else None
+        if f"{path}.weight" in weights:
+            scale = self._wide(weights[f"{path}.weight"])
+        shift = weights.get(f"{path}.bias")
+        return scale, None if shift is None else self._wide(shift)
+
+    def _wide(self, weight: Tensor) -> Tensor:
+        return weight.to(self.device).to(torch.float64)
 
     def _centre(self, stream: Tensor, dim: int = -1) -> Tensor:
         """Remove the mean over hidden_size where the norms are LayerNorms: they would do it.
@@ -124,93 +170,88 @@ class Slicer:
         """
         return stream - stream.mean(dim, keepdim=True) if self.centred else stream
 
-    def _start(
-        self, layers: nn.ModuleList, batches: list[Tensor]
-    ) -> list[dict[int, dict[str, Any]]]:
-        """Start the signals with the embedded tokens, at full width.
-
-        Embeddings, masks, positions and rotary tables come from Transformers' own forward, so that
-        no architecture needs code for them here.
-
-        Returns:
-            What the model hands every layer beside the stream, by batch size.
-
-        """
-        skeleton, architecture = self.model.skeleton, self.model.architecture
-        real_layers, real_norm = list(layers), skeleton.get_submodule(architecture.final_norm)
-        recorders = [_Recorder() for _ in real_layers]
-        _replace(layers, recorders)
-        skeleton.set_submodule(architecture.final_norm, nn.Identity())
-        _move_buffers(skeleton, self.device)
-        for path in architecture.tables:
-            self._assign(skeleton, f"{path}.weight", self._read(f"{path}.weight"))
-        for batch in batches:
-            skeleton.base_model(input_ids=batch.to(self.device), use_cache=False)  # type: ignore[operator]
-            self.signals.append(self._centre(recorders[0].stream).cpu())
-        for path in architecture.tables:
-            skeleton.get_submodule(path).to("meta")
-        _replace(layers, real_layers)
-        skeleton.set_submodule(architecture.final_norm, real_norm)
-        return [recorder.contexts for recorder in recorders]
-
-    def _slice_embedding(self) -> None:
-        """Slice the embedding tables E to E·U and the signals with them."""
+    def _start(self, batches: list[Tensor]) -> list[Contexts]:
+        """Find the first basis, slice the embedding tables E to E·U and start the signals."""
+        architecture = self.model.architecture
         moment = SecondMoment(self.widths[-1], self.device)
-        for signal in self.signals:
-            moment.add(signal.to(self.device))
+
+        def take(index: int, stream: Tensor) -> None:
+            wide = self._centre(stream)
+            moment.add(wide)
+            self.signals[index] = wide
+
+        with self.stopwatch("embedding"):
+            contexts = record(self.model, batches, self.device, self.dtype, take)
         self._rotate_signals(moment, 0)
-        for path in self.model.architecture.tables:
-            table = self.model.read(f"{path}.weight")
-            narrow = _by_rows(
-                table, self.device, self.writer.dtype, lambda rows: self._centre(rows) @ self.basis
-            )
-            self.writer.add(f"{path}.weight", narrow)
+        with self.stopwatch("rotating weights"):
+            for path in architecture.tables:
+                table = self._read(f"{path}.weight")
+                narrow = self._by_rows(table, lambda rows: self._centre(rows) @ self.basis)
+                self.writer.add(f"{path}.weight", narrow)
+        return contexts
 
     def _slice_layer(
         self,
         index: int,
-        dense: nn.Module,
-        contexts: dict[int, dict[str, Any]],
+        weights: dict[str, Tensor],
+        contexts: Contexts,
         advance: Callable[[], Any],
     ) -> None:
-        """Slice one decoder layer, write it, and move the signals past it."""
+        """Slice one decoder layer, hand its tensors to the writer, and move the signals past it."""
         architecture = self.model.architecture
         prefix, step = f"{architecture.layers}.{index}", len(architecture.sublayers)
-        paths = [sublayer.norm for sublayer in architecture.sublayers]
-        norms = [self._read_norm(f"{prefix}.{path}") for path in paths]
-        folded = tuple(f"{path}." for path in paths)
-        weights = {
-            name: self._read(f"{prefix}.{name}")
-            for name, _ in dense.named_parameters()
-            if not name.startswith(folded)
-        }
         widths = self.widths[index * step : (index + 1) * step + 1]
         eps = architecture.epsilon(self.model.config)
-        layer = SlicedLayer(dense, architecture, widths, self.widths[-1], eps).eval()
+        layer = SlicedLayer(self.layers[index], architecture, widths, self.widths[-1], eps).eval()
+        norms = tuple(f"{sublayer.norm}." for sublayer in architecture.sublayers)
+        rotated = {
+            f"{path}."
+            for sublayer in architecture.sublayers
+            for path in (*sublayer.reads, *sublayer.writes)
+        }
         for name, weight in weights.items():
-            self._assign(layer, name, weight)
+            if not name.startswith(norms):
+                self._assign(layer, name, weight)
+                if not name.startswith(tuple(rotated)):
+                    self.writer.add(f"{prefix}.{name}", weight)
         for number, sublayer in enumerate(architecture.sublayers):
-            scale, shift = norms[number]
-            scale = scale * (self.widths[-1] / widths[number]) ** 0.5
-            for path in sublayer.reads:
-                weight, bias = weights[f"{path}.weight"].double(), f"{path}.bias"
-                weights[f"{path}.weight"] = (weight * scale) @ self.basis
-                if shift is not None:
-                    weights[bias] = weights.get(bias, 0) + weight @ shift
-                for name in {f"{path}.weight", bias} & weights.keys():
-                    self._assign(layer, name, weights[name])
+            with self.stopwatch("rotating weights"):
+                self._rotate_readers(layer, sublayer, weights, widths[number], prefix)
             before = self.basis
             self._advance(
-                partial(_branches, layer, sublayer, contexts),
-                index * step + number + 1,
-                advance,
+                partial(_branches, layer, sublayer, contexts), index * step + number + 1, advance
             )
-            for path in sublayer.writes:
-                for name in {f"{path}.weight", f"{path}.bias"} & weights.keys():
-                    weights[name] = self.basis.T @ self._centre(weights[name].double(), dim=0)
-            weights[f"{ROTATION}.{number}.weight"] = self.basis.T @ before
-        for name, weight in weights.items():
-            self.writer.add(f"{prefix}.{name}", weight)
+            with self.stopwatch("rotating weights"):
+                for path in sublayer.writes:
+                    columns = weights.pop(f"{path}.weight").T
+                    narrow = self._by_rows(columns, lambda rows: self._centre(rows) @ self.basis)
+                    self.writer.add(f"{prefix}.{path}.weight", narrow.T)
+                    if (bias := weights.pop(f"{path}.bias", None)) is not None:
+                        narrow = self._centre(self._wide(bias)) @ self.basis
+                        self.writer.add(f"{prefix}.{path}.bias", narrow)
+                self.writer.add(f"{prefix}.{ROTATION}.{number}.weight", self.basis.T @ before)
+
+    def _rotate_readers(
+        self,
+        layer: SlicedLayer,
+        sublayer: Sublayer,
+        weights: dict[str, Tensor],
+        width: int,
+        prefix: str,
+    ) -> None:
+        scale, shift = self._norm(sublayer.norm, weights)
+        rescaled = scale * (self.widths[-1] / width) ** 0.5
+        for path in sublayer.reads:
+            weight, bias = weights.pop(f"{path}.weight"), weights.pop(f"{path}.bias", None)
+            sliced = {"weight": self._by_rows(weight, lambda rows: rows * rescaled @ self.basis)}
+            if bias is not None:
+                sliced["bias"] = self._wide(bias)
+            if shift is not None:
+                offset = self._by_rows(weight, lambda rows: rows @ shift)
+                sliced["bias"] = sliced.get("bias", 0) + offset
+            for leaf, tensor in sliced.items():
+                self._assign(layer, f"{path}.{leaf}", tensor)
+                self.writer.add(f"{prefix}.{path}.{leaf}", tensor)
 
     def _advance(
         self, branches: Callable[[Tensor], Tensor], place: int, advance: Callable[[], Any]
@@ -223,12 +264,16 @@ class Slicer:
         hidden_size = self.widths[-1]
         lift = self.basis.T.to(self.dtype)
         moment = SecondMoment(hidden_size, self.device)
-        for index, signal in enumerate(self.signals):
-            x = signal.to(self.device)
-            wide = self._centre(x @ lift + branches(x))
+        for index in range(len(self.signals)):
+            with self.stopwatch("signals"):
+                x = self.signals[index].to(self.device)
+            with self.stopwatch("forward"):
+                wide = self._centre(x @ lift + branches(x))
             if not last:
-                moment.add(wide)
-            self.signals[index] = wide.cpu()
+                with self.stopwatch("moments"):
+                    moment.add(wide)
+            with self.stopwatch("signals"):
+                self.signals[index] = wide
             advance()
         if last:
             self.basis = torch.eye(hidden_size, dtype=torch.float64, device=self.device)
@@ -242,71 +287,63 @@ class Slicer:
                 f"MODEL gives values that are not finite at place {place} of its residual "
                 f"stream: its weights are corrupt or overflow in {self.dtype}"
             )
-        self.basis = principal_basis(moment.sum, self.widths[place], self.centred)
+        with self.stopwatch("eigenvectors"):
+            self.basis = principal_basis(moment.sum, self.widths[place], self.centred)
         narrow = self.basis.to(self.dtype)
-        for index, signal in enumerate(self.signals):
-            self.signals[index] = (signal.to(self.device) @ narrow).cpu()
+        with self.stopwatch("signals"):
+            for index in range(len(self.signals)):
+                self.signals[index] = self.signals[index].to(self.device) @ narrow
 
     def _fold_head(self) -> None:
         """Fold the final norm into the head: H·diag(g) at full width, and its shift as a bias."""
         architecture = self.model.architecture
-        scale, shift = self._read_norm(architecture.final_norm)
+        names = dict(self.model.skeleton.named_parameters())
+        path = architecture.final_norm
+        leaves = [leaf for leaf in ("weight", "bias") if f"{path}.{leaf}" in names]
+        scale, shift = self._norm(path, {f"{path}.{x}": self._read(f"{path}.{x}") for x in leaves})
         name, bias = f"{architecture.head}.weight", f"{architecture.head}.bias"
-        table = self._read_on_cpu(name)
-        dtype = self.writer.dtype
-        self.writer.add(name, _by_rows(table, self.device, dtype, lambda rows: rows * scale))
-        has_bias = bias in dict(self.model.skeleton.named_parameters())
-        offset = self.model.read(bias).double() if has_bias else 0
-        if shift is not None:
-            offset = offset + _by_rows(table, self.device, torch.float64, lambda rows: rows @ shift)
-        if isinstance(offset, Tensor):
-            self.writer.add(bias, offset)
+        table = self._read(name)
+        with self.stopwatch("rotating weights"):
+            self.writer.add(name, self._by_rows(table, lambda rows: rows * scale))
+            offset = self._wide(self._read(bias)) if bias in names else None
+            if shift is not None:
+                folded = self._by_rows(table, lambda rows: rows @ shift)
+                offset = folded if offset is None else offset + folded
+            if offset is not None:
+                self.writer.add(bias, offset)
+
+    def _by_rows(self, table: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """Change a matrix in float64, some rows at a time, into the checkpoint's dtype."""
+        result = None
+        for start in range(0, len(table), ROWS_PER_PRODUCT):
+            rows = change(self._wide(table[start : start + ROWS_PER_PRODUCT]))
+            if result is None:
+                # A vector is a bias, still to be added to.
+                kept = rows.dtype if rows.ndim == 1 else self.writer.dtype
+                shape = (len(table), *rows.shape[1:])
+                result = torch.empty(shape, dtype=kept, device=self.device)
+            result[start : start + len(rows)] = rows
+        assert result is not None  # noqa: S101 - a matrix has rows
+        return result
 
     def _assign(self, layer: nn.Module, name: str, weight: Tensor) -> None:
         path, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(weight.to(self.dtype), requires_grad=False)
+        parameter = nn.Parameter(weight.to(self.device).to(self.dtype), requires_grad=False)
         setattr(layer.get_submodule(path), leaf, parameter)
 
 
-def _branches(
-    layer: SlicedLayer, sublayer: Sublayer, contexts: dict[int, dict[str, Any]], x: Tensor
-) -> Tensor:
+def one_of_each_size(batches: list[Tensor]) -> list[Tensor]:
+    """Return one batch of every number of windows."""
+    return list({len(batch): batch for batch in batches}.values())
+
+
+def _ignore(_index: int, _stream: Tensor) -> None:
+    return
+
+
+def _branches(layer: SlicedLayer, sublayer: Sublayer, contexts: Contexts, x: Tensor) -> Tensor:
     return layer.branches(sublayer, x, contexts[len(x)])
 
 
-def _split(rows: Tensor, size: int) -> tuple[Tensor, ...]:
-    return tuple(rows[start : start + size] for start in range(0, len(rows), size))
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer and keeps the keyword arguments it is called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.contexts: dict[int, dict[str, Any]] = {}
-        self.stream = torch.empty(0)
-
-    def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
-        self.contexts[len(hidden_states)] = context
-        self.stream = hidden_states
-        return hidden_states
-
-
-def _replace(layers: nn.ModuleList, others: list[Any]) -> None:
-    for index, other in enumerate(others):
-        layers[index] = other
-
-
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Move what is real (rotary tables); parameters stay on the meta device."""
-    for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, buffer.to(device), persistent=False)
-
-
-def _by_rows(
-    table: Tensor, device: torch.device, dtype: torch.dtype, change: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Change a vocabulary table in float64, a few rows at a time to bound the memory."""
-    parts = (change(rows.to(device, torch.float64)) for rows in _split(table, ROWS_PER_PRODUCT))
-    return torch.cat([part.to(dtype).cpu() for part in parts])
+def _split(rows: Tensor, size: int) -> list[Tensor]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -1,4 +1,4 @@
-"""Lazy reading of dense weights and streamed writing of safetensors shards."""
+"""Reading of safetensors shards, a tensor at a time, and their check against a config."""
 
 import hashlib
 import json
@@ -14,7 +14,6 @@ from torch import Tensor
 from sliceserve.slicing.errors import UserError, reading
 
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 4 * 2**30
 FLOATS = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -31,6 +30,20 @@ class TensorReader(Protocol):
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, on the CPU, in its stored dtype."""
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one safetensors file.
+
+    Raises:
+        OSError: the disk is full.
+
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # safetensors wraps the operating system's errors; a full disk must stay one.
+        raise OSError(str(error)) from error
 
 
 class ShardReader:
@@ -160,56 +173,3 @@ def hash_files(files: Iterable[Path]) -> str:
             while chunk := stream.read(2**24):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-class ShardWriter:
-    """Writes tensors as they come into shards of at most `shard_bytes`, then the index."""
-
-    def __init__(self, directory: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> None:
-        self.directory = directory
-        self.dtype = dtype
-        self.parameters = 0
-        self._shard_bytes = shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._total_bytes = 0
-        self._shards: list[list[str]] = []
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; it is cast to the dtype of the checkpoint."""
-        stored = tensor.detach().to(self.dtype).cpu().contiguous()
-        size = stored.numel() * stored.element_size()
-        if self._pending and self._pending_bytes + size > self._shard_bytes:
-            self._flush()
-        self._pending[name] = stored
-        self._pending_bytes += size
-        self._total_bytes += size
-        self.parameters += stored.numel()
-
-    def finish(self) -> None:
-        """Write what is pending, give the shards their final names and write the index."""
-        self._flush()
-        weight_map: dict[str, str] = {}
-        count = len(self._shards)
-        for number, names in enumerate(self._shards, start=1):
-            final = f"model-{number:05d}-of-{count:05d}.safetensors"
-            self._temporary(number).rename(self.directory / final)
-            weight_map |= dict.fromkeys(names, final)
-        index = {
-            "metadata": {"total_size": self._total_bytes, "total_parameters": self.parameters},
-            "weight_map": weight_map,
-        }
-        (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-    def _temporary(self, number: int) -> Path:
-        return self.directory / f"shard-{number:05d}.tmp"
-
-    def _flush(self) -> None:
-        self._shards.append(list(self._pending))
-        try:
-            save_file(self._pending, self._temporary(len(self._shards)), metadata={"format": "pt"})
-        except SafetensorError as error:
-            # safetensors wraps the operating system's errors; a full disk must stay one.
-            raise OSError(str(error)) from error
-        self._pending = {}
-        self._pending_bytes = 0

@@ -36,7 +36,8 @@ def main(work: Path) -> int:
             parameter.data *= 0.2
     model.to(torch.bfloat16).save_pretrained(dense)
     sliced = work / "sliced"
-    print(describe(run_slice(SliceOptions(str(dense), sliced, samples=32, device="cuda"))))
+    run = run_slice(SliceOptions(str(dense), sliced, samples=32, device="cuda"))
+    print(describe(run.summary), run.stopwatch)
     reference = AutoModelForCausalLM.from_pretrained(sliced, dtype=torch.bfloat16).cuda().eval()
     results = generate(sliced, PROMPTS, 32, {"dtype": "bfloat16", "max_model_len": 512})
     worst = 0.0

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sliceserve.slicing.checkpoint import read_checkpoint_summary, staged_directory
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.job import SliceOptions, run_slice
-from sliceserve.slicing.weights import INDEX, ShardWriter
+from sliceserve.slicing.parts import PartWriter, assemble_shards
+from sliceserve.slicing.weights import INDEX
 
 
 @pytest.fixture
@@ -84,17 +85,26 @@ def test_tokenizer_is_copied(tiny: Path, tiny_sliced: Path) -> None:
     assert AutoTokenizer.from_pretrained(tiny_sliced)(text)["input_ids"] == expected
 
 
-def test_shards_split_at_the_size_and_load_again(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, torch.float32, shard_bytes=1000)
+@pytest.mark.parametrize(("merged", "shards"), [(1, 5), (800, 3), (10**6, 1)])
+def test_small_parts_are_merged_into_shards(merged: int, shards: int, tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    writer = PartWriter(parts, torch.float32)
     tensors = {f"t{index}": torch.full((100,), float(index)) for index in range(5)}
-    for name, tensor in tensors.items():
+    sizes = []
+    for number, (name, tensor) in enumerate(tensors.items()):
         writer.add(name, tensor)
-    writer.finish()
+        sizes.append(writer.write(number).result())
+    assert sizes == [400] * 5
+    assemble_shards(parts, tmp_path, sizes, merged)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    assert files == [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
-    merged = {k: v for name in files for k, v in load_file(tmp_path / name).items()}
-    assert merged.keys() == tensors.keys()
-    assert all(torch.equal(merged[name], tensors[name]) for name in tensors)
+    assert files == [f"model-{n + 1:05d}-of-{shards:05d}.safetensors" for n in range(shards)]
+    merged_tensors = {k: v for name in files for k, v in load_file(tmp_path / name).items()}
+    assert merged_tensors.keys() == tensors.keys()
+    assert all(torch.equal(merged_tensors[name], tensors[name]) for name in tensors)
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"] == {"total_size": 2000, "total_parameters": 500}
+    assert index["weight_map"].keys() == tensors.keys()
 
 
 def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:

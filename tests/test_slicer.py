@@ -12,21 +12,34 @@ from transformers import AutoModelForCausalLM
 from sliceserve.slicing.config import sliced_config
 from sliceserve.slicing.dense import open_dense_model
 from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.parts import PartWriter, assemble_shards
+from sliceserve.slicing.progress import Progress
 from sliceserve.slicing.slicer import Slicer, sliced_width
-from sliceserve.slicing.weights import ShardWriter
 
 IDS = torch.randint(0, 256, (6, 48), generator=torch.Generator().manual_seed(3))
 CONFIGS = {"llama": tiny_config()} | OTHER_CONFIGS
 
 
-def slice_to(dense: Path, output: Path, widths: list[int], dtype: torch.dtype) -> Any:
+def slice_to(
+    dense: Path,
+    output: Path,
+    widths: list[int],
+    dtype: torch.dtype,
+    signal_bytes: int = 10**9,
+) -> Any:
     """Slice with everything in `dtype` and load the result with Transformers."""
     output.mkdir()
     model = open_dense_model(str(dense))
-    writer = ShardWriter(output, dtype, shard_bytes=100_000)
     exact_norms(model.skeleton)
-    Slicer(model, widths, writer, torch.device("cpu"), dtype).run(IDS, show_progress=False)
-    writer.finish()
+    progress = Progress(output / "unfinished", {})
+    writer = PartWriter(progress.directory, dtype)
+    slicer = Slicer(model, widths, writer, torch.device("cpu"), dtype, signal_bytes)
+    slicer.run(IDS, progress, show_progress=False)
+    assert slicer.signals.home == ("memory of cpu" if signal_bytes else "a file")
+    assert [name for name, p in model.skeleton.named_parameters() if not p.is_meta] == [], (
+        "weights of finished layers must be let go"
+    )
+    assemble_shards(progress.directory, output, progress.part_bytes, merged_bytes=100_000)
     name = str(dtype).removeprefix("torch.")
     sliced_config(model.config, model.architecture, widths, model.parameters, name).save_pretrained(
         output
@@ -72,12 +85,13 @@ def test_slicing_agrees_with_an_independent_implementation(name: str, tmp_path: 
     assert_close(logits(sliced, fresh), expected, rtol=0, atol=1e-8)
 
 
-def test_weights_of_finished_layers_are_let_go(tiny: Path, tmp_path: Path) -> None:
-    model = open_dense_model(str(tiny))
-    writer = ShardWriter(tmp_path, torch.float32)
-    device = torch.device("cpu")
-    Slicer(model, [64] * 6 + [96], writer, device, torch.float32).run(IDS, show_progress=False)
-    assert [name for name, p in model.skeleton.named_parameters() if not p.is_meta] == []
+def test_signals_in_a_file_give_the_same_weights(tiny: Path, tmp_path: Path) -> None:
+    models = [
+        slice_to(tiny, tmp_path / f"sliced-{size}", [64] * 6 + [96], torch.float32, size)
+        for size in (0, 10**9)
+    ]
+    for spilled, held in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(spilled, held)
 
 
 def test_widths_may_differ_from_place_to_place(tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""How much of the host's memory a slicing run takes, and what it leaves for calibration signals."""
+
+import os
+import resource
+from math import prod
+from pathlib import Path
+
+import torch
+
+from sliceserve.slicing.dense import DenseModel
+from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.slicer import ROWS_PER_PRODUCT, TOKENS_PER_BATCH
+
+AVAILABLE_SHARE = 0.8
+
+
+def peak_bytes() -> int:
+    """Return the largest memory this process has held so far (resident set, bytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes() -> int:
+    """Return the memory this process holds now (resident set, bytes)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def signal_budget(
+    model: DenseModel, limit: int | None, device: torch.device, output: torch.dtype
+) -> int:
+    """Return the bytes of host memory that calibration signals may take.
+
+    Args:
+        model: the dense model.
+        limit: bytes for the process; None takes most of what is available.
+        device: where layers run; on a GPU moments and activations take none of the host's.
+        output: dtype of the weights written.
+
+    Raises:
+        UserError: weights and working set alone are above the limit.
+
+    """
+    if limit is None:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        limit = int(AVAILABLE_SHARE * available) + resident_bytes()
+    needed = resident_bytes() + working_set(model, device, output)
+    if needed > limit:
+        raise UserError(
+            f"--memory-limit {limit / 1e9:.2f} GB is too small for this model, which needs about "
+            f"{needed / 1e9:.2f} GB beside its calibration signals"
+        )
+    return limit - needed
+
+
+def working_set(model: DenseModel, device: torch.device, output: torch.dtype) -> int:
+    """Estimate the bytes held beside the signals: a table or two layers, moments, activations.
+
+    A layer is in memory as it is stored, as it runs and as it is written, while the next is read.
+    """
+    architecture, config = model.architecture, model.config
+    shapes = {name: tuple(p.shape) for name, p in model.skeleton.named_parameters()}
+    first = f"{architecture.layers}.0."
+    layer = sum(prod(shape) for name, shape in shapes.items() if name.startswith(first))
+    table = max(prod(shapes[f"{path}.weight"]) for path in (architecture.tokens, architecture.head))
+    stored, written = model.dtype.itemsize, output.itemsize
+    tables = table * (stored + written)
+    runs = 0 if device.type == "cuda" else layer * 4
+    layers = layer * (2 * stored + written) + runs
+    if device.type == "cuda":
+        return max(tables, layers)
+    width = int(config.hidden_size)
+    inner = max(max(shape) for name, shape in shapes.items() if name.startswith(first))
+    moments = 6 * 8 * width * width
+    activations = 4 * TOKENS_PER_BATCH * (3 * inner + 8 * width)
+    return max(tables, layers) + moments + activations + 8 * ROWS_PER_PRODUCT * (inner + width)

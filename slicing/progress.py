@@ -1,0 +1,92 @@
+"""What an unfinished run leaves on disk, so that it can go on after anything, SIGKILL included.
+
+After every part (the embedding, each layer, the head) the state moves on in one rename: parts
+written, signals and basis at the place reached. Whatever was under way is done again.
+"""
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.signals import Signals, load_signals, save_signals
+from sliceserve.slicing.source import read_json_object
+from sliceserve.slicing.weights import write_tensors
+
+STATE = "state.json"
+
+
+class Progress:
+    """The state of one run, in a directory of its own beside the shards.
+
+    Attributes:
+        directory: holds the state, the parts and spilled signals.
+        part_bytes: of each finished part.
+
+    """
+
+    def __init__(self, directory: Path, job: Mapping[str, Any]) -> None:
+        """Start, or go on with what the directory holds.
+
+        Args:
+            directory: made if it is not there.
+            job: what determines the result, as plain JSON.
+
+        Raises:
+            UserError: the directory holds the state of another job; names what differs.
+
+        """
+        directory.mkdir(exist_ok=True)
+        self.directory = directory
+        self.part_bytes: list[int] = []
+        self._job = json.loads(json.dumps(job))
+        self._shapes: list[list[int]] = []
+        if (directory / STATE).exists():
+            state = read_json_object(directory / STATE)
+            differences = list(_differences("", state["job"], self._job))
+            if differences:
+                raise UserError(
+                    f"--resume cannot go on with {str(directory.parent)!r}, begun with other "
+                    f"inputs: {'; '.join(differences)}"
+                )
+            self.part_bytes, self._shapes = state["part_bytes"], state["shapes"]
+
+    def restore(self, signals: Signals, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Fill the signals with those at the place reached and return the basis there."""
+        load_signals(signals, self._path("signals.bin"), self._shapes, dtype)
+        return load_file(self._path("basis.safetensors"), device=str(device))["basis"]
+
+    def finish_part(
+        self, part: "Future[int]", signals: Signals | None = None, basis: Tensor | None = None
+    ) -> None:
+        """Note that a part is done; with signals and basis unless it is the last one."""
+        before = [self._path("signals.bin"), self._path("basis.safetensors")]
+        self.part_bytes.append(0)
+        if signals is not None and basis is not None:
+            save_signals(signals, self._path("signals.bin"))
+            write_tensors(self._path("basis.safetensors"), {"basis": basis.contiguous()})
+            self._shapes = [list(signals[index].shape) for index in range(len(signals))]
+        self.part_bytes[-1] = part.result()
+        state = {"job": self._job, "part_bytes": self.part_bytes, "shapes": self._shapes}
+        temporary = self.directory / f"{STATE}.tmp"
+        temporary.write_text(json.dumps(state))
+        temporary.replace(self.directory / STATE)
+        for path in before:
+            path.unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self.directory / f"{len(self.part_bytes)}-{name}"
+
+
+def _differences(where: str, old: Any, new: Any) -> Any:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(f"{where}.{key}" if where else key, old.get(key), new.get(key))
+    elif old != new:
+        yield f"{where} was {old!r} and is {new!r}"

@@ -1,0 +1,155 @@
+"""Runs that end early and go on: the result must be that of a run that did not."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sliceserve.slicing.cli import main
+from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.job import SliceOptions, run_slice
+from sliceserve.slicing.progress import Progress
+
+PARTS = 5  # the embedding, three layers, the head
+SMALL: dict[str, Any] = {"fraction": 0.3, "samples": 100, "sequence_length": 64}
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Path) -> dict[str, bytes]:
+    """The files of a run that nothing interrupts."""
+    output = tiny.with_name("uninterrupted")
+    run_slice(SliceOptions(str(tiny), output, **SMALL), show_progress=False)
+    return contents(output)
+
+
+@pytest.mark.parametrize("last", range(PARTS))
+@pytest.mark.parametrize("noted", [False, True])
+def test_a_run_that_ends_after_any_part_goes_on(
+    last: int,
+    noted: bool,
+    tiny: Path,
+    tmp_path: Path,
+    expected: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It ends after a part is written, before or after the state has moved on."""
+    finish_part = Progress.finish_part
+
+    def end(self: Progress, part: Any, *state: Any) -> None:
+        if len(self.part_bytes) == last and not noted:
+            part.result()
+            raise KeyboardInterrupt
+        finish_part(self, part, *state)
+        if len(self.part_bytes) == last + 1:
+            raise KeyboardInterrupt
+
+    options = SliceOptions(str(tiny), tmp_path / "out", resume=True, **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "finish_part", end)
+        with pytest.raises(KeyboardInterrupt):
+            run_slice(options, show_progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    run_slice(options, show_progress=False)
+    assert contents(tmp_path / "out") == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_run_goes_on(tiny: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
+    arguments = ["slice", str(tiny), "--output", str(tmp_path / "out"), "--fraction", "0.3",
+                 "--samples", "100", "--sequence-length", "64"]  # fmt: skip
+    command = [sys.executable, "-m", "sliceserve.slicing.cli", *arguments]
+    state = tmp_path / ".out.partial/unfinished/state.json"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not state.exists():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+    assert not (tmp_path / "out").exists()
+    assert 1 <= len(json.loads(state.read_text())["part_bytes"]) <= PARTS
+    assert main([*arguments, "--resume"]) == 0
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.fixture
+def unfinished(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SliceOptions:
+    """The options of a run that ended after its first part."""
+    finish_part = Progress.finish_part
+
+    def end(self: Progress, *arguments: Any) -> None:
+        finish_part(self, *arguments)
+        raise KeyboardInterrupt
+
+    options = SliceOptions(str(tiny), tmp_path / "out", resume=True, **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "finish_part", end)
+        with pytest.raises(KeyboardInterrupt):
+            run_slice(options, show_progress=False)
+    return options
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": 99}, "options.samples was 100 and is 99"),
+        ({"fraction": 0.2, "seed": 1}, "options.fraction was 0.3 and is 0.2; options.seed was 0"),
+    ],
+)
+def test_other_options_are_refused(
+    change: dict[str, Any], message: str, unfinished: SliceOptions
+) -> None:
+    options = SliceOptions(**vars_of(unfinished) | change)
+    with pytest.raises(UserError, match=message):
+        run_slice(options, show_progress=False)
+
+
+def test_another_source_is_refused(unfinished: SliceOptions) -> None:
+    weights = Path(unfinished.model) / "model.safetensors"
+    before = weights.stat()
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    with pytest.raises(UserError, match=r"source files\.model\.safetensors was"):
+        run_slice(unfinished, show_progress=False)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_unfinished_work_is_not_written_over(unfinished: SliceOptions) -> None:
+    options = SliceOptions(**vars_of(unfinished) | {"resume": False})
+    with pytest.raises(UserError, match="is left of an unfinished run: go on with --resume"):
+        run_slice(options, show_progress=False)
+    run_slice(unfinished, show_progress=False)
+
+
+def test_two_runs_do_not_write_one_output(unfinished: SliceOptions) -> None:
+    descriptor = os.open(unfinished.output.with_name(".out.partial"), os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another run is writing"):
+        run_slice(unfinished, show_progress=False)
+    os.close(descriptor)
+
+
+def test_a_memory_limit_that_is_too_small_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["slice", str(tiny), "--output", str(tmp_path / "out"), "--samples", "4",
+                 "--sequence-length", "32", "--memory-limit"]  # fmt: skip
+    assert main([*arguments, "20MB"]) == 2
+    assert "--memory-limit 0.02 GB is too small for this model" in capsys.readouterr().err
+    assert main([*arguments, "a lot"]) == 2
+    assert "'a lot' is not a size such as 24GB" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def vars_of(options: SliceOptions) -> dict[str, Any]:
+    return dict(vars(options))
