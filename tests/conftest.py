@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from shapes import byte_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -15,7 +15,6 @@ from transformers import (
     Phi3Config,
     PhiConfig,
     PreTrainedConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -133,14 +132,7 @@ def save_tiny(directory: Path, config: Any, dtype: torch.dtype) -> Path:
         parameter.data = value.to(dtype)
     model.tie_weights()
     model.save_pretrained(directory)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {byte: index for index, byte in enumerate(alphabet)} | {"<s>": 256}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>"
-    ).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
     return directory
 
 

@@ -19,6 +19,8 @@ from sliceserve.slicing.job import SliceOptions, run_slice
 
 PROMPTS = [[1, 2, 3, 4, 5], [200, 7, 99], list(range(40))]
 EAGER = {"enforce_eager": True}
+# Attention on a GPU computes float32 input at a lower precision.
+TOLERANCE = 3e-2 if torch.cuda.is_available() else 1e-3
 
 
 def run_vllm(
@@ -101,7 +103,7 @@ def test_vllm_agrees_with_transformers(options: dict[str, Any], uneven: Path) ->
     got = generate(uneven, PROMPTS, 12, options)
     for ours, theirs in zip(got, expected, strict=True):
         assert ours["tokens"] == theirs["tokens"]
-        assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-3)
+        assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=TOLERANCE)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +135,7 @@ def test_vllm_agrees_for_every_architecture(
         expected = greedy(others[name], PROMPTS, tokens=12)
         for ours, theirs in zip(got, expected, strict=True):
             assert ours["tokens"] == theirs["tokens"], name
-            assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-3), name
+            assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=TOLERANCE), name
 
 
 def test_fraction_zero_gives_the_dense_models_tokens(
@@ -148,7 +150,7 @@ def test_fraction_zero_gives_the_dense_models_tokens(
     got = generate(rotated, prompts, 24, EAGER)
     assert [one["tokens"] for one in got] == [one["tokens"] for one in expected]
     for ours, theirs in zip(got, expected, strict=True):
-        assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-3)
+        assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=TOLERANCE)
 
 
 def test_vllm_lists_all_wrong_tensors_in_one_error(tiny_sliced: Path, tmp_path: Path) -> None:
