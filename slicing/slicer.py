@@ -18,6 +18,7 @@ from tqdm import tqdm
 from sliceserve.slicing.architectures import Sublayer
 from sliceserve.slicing.dense import DenseModel
 from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.memory import ROWS_PER_PRODUCT, TOKENS_PER_BATCH, return_freed_memory
 from sliceserve.slicing.modeling import ROTATION, SlicedLayer
 from sliceserve.slicing.moments import SecondMoment, principal_basis
 from sliceserve.slicing.parts import PartWriter
@@ -25,9 +26,6 @@ from sliceserve.slicing.progress import Progress
 from sliceserve.slicing.recording import Contexts, record
 from sliceserve.slicing.signals import Signals, make_signals
 from sliceserve.slicing.stopwatch import Stopwatch
-
-TOKENS_PER_BATCH = 4096
-ROWS_PER_PRODUCT = 4096
 
 
 def sliced_width(hidden_size: int, fraction: float, round_to: int) -> int:
@@ -132,6 +130,7 @@ class Slicer:
                         progress.finish_part(part, self.signals, self.basis)
                 # The sliced layer is made of the dense one's modules: let go of its weights.
                 self.layers[index] = nn.Identity()
+                return_freed_memory()
         if len(progress.part_bytes) == count + 1:
             self._fold_head()
             progress.finish_part(self.writer.write(count + 1))
