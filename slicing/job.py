@@ -136,9 +136,8 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
         if not progress.part_bytes:
             remove_shards(staging)
         sha256 = hasher.submit(model.sha256)
-        writer = PartWriter(progress.directory, dtype)
-        slicer = Slicer(model, widths, writer, device, forward_dtype, signal_bytes)
-        with within_memory(device):
+        with PartWriter(progress.directory, dtype) as writer, within_memory(device):
+            slicer = Slicer(model, widths, writer, device, forward_dtype, signal_bytes)
             slicer.run(windows, progress, show_progress)
         with slicer.stopwatch("writing"):
             assemble_shards(progress.directory, staging, progress.part_bytes)

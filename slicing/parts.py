@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import safe_open
@@ -15,7 +16,10 @@ MERGED_BYTES = 2**29
 
 
 class PartWriter:
-    """Collects the tensors of one part and writes them in the background."""
+    """Collects the tensors of one part and writes them in the background.
+
+    As a context it waits for what is being written, so that the directory can be removed after it.
+    """
 
     def __init__(self, directory: Path, dtype: torch.dtype) -> None:
         """Write parts into a directory; their tensors are cast to `dtype`."""
@@ -23,6 +27,12 @@ class PartWriter:
         self.dtype = dtype
         self._pending: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._thread.shutdown()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one tensor of the part."""

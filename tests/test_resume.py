@@ -6,16 +6,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
+from sliceserve.slicing import parts
 from sliceserve.slicing.cli import main
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.job import SliceOptions, run_slice
 from sliceserve.slicing.progress import Progress
+from sliceserve.slicing.weights import write_tensors
 
 PARTS = 5  # the embedding, three layers, the head
 SMALL: dict[str, Any] = {"fraction": 0.3, "samples": 100, "sequence_length": 64}
@@ -129,6 +133,30 @@ def test_unfinished_work_is_not_written_over(unfinished: SliceOptions) -> None:
     with pytest.raises(UserError, match="is left of an unfinished run: go on with --resume"):
         run_slice(options, show_progress=False)
     run_slice(unfinished, show_progress=False)
+
+
+def test_an_interrupt_waits_for_the_part_being_written(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What writes behind must not put a file into the directory while that is removed."""
+    interrupted, written = threading.Event(), []
+
+    def write_late(path: Path, tensors: dict[str, Tensor]) -> None:
+        assert interrupted.wait(timeout=60)
+        time.sleep(0.5)
+        write_tensors(path, tensors)
+        written.append(path.name)
+
+    def interrupt(*_arguments: Any) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parts, "write_tensors", write_late)
+    monkeypatch.setattr(Progress, "finish_part", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_slice(SliceOptions(str(tiny), tmp_path / "out", **SMALL), show_progress=False)
+    assert written == ["part-00000.tmp"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_runs_do_not_write_one_output(unfinished: SliceOptions) -> None:
