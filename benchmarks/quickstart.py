@@ -134,7 +134,7 @@ def prepare_dense(gguf: Path, output: Path) -> None:
 
 def describe(directory: Path, log: Path) -> dict[str, str]:
     """Measure one model: true parameters, bytes, held-out perplexity, tokens/s through vLLM."""
-    from sliceserve.slicing.calibration import HELD_OUT
+    from sliceserve.slicing.corpora import HELD_OUT
     from sliceserve.slicing.perplexity import measure_text
     from sliceserve.slicing.weights import ShardReader
 

@@ -1,77 +1,103 @@
-"""Text to windows of tokens, for calibration and for perplexity."""
+"""Text to windows of tokens, for calibration and for perplexity; never padded."""
 
-import hashlib
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.corpora import Corpus, Document
+from sliceserve.slicing.errors import UserError, reading
 
-DATA = Path(__file__).with_name("data")
-SHIPPED = {"wikitext2-excerpt": DATA / "wikitext2-train-excerpt.txt"}
-HELD_OUT = DATA / "wikitext2-test-excerpt.txt"
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text, the name the user gave it, and its SHA-256 (hex)."""
-
-    name: str
-    content: str
-    sha256: str
+SEPARATOR = "\n\n"
 
 
-def read_text(name: str, argument: str) -> Text:
-    """Read a text that ships with the package by name, or a UTF-8 file by path.
-
-    Args:
-        name: what the user gave.
-        argument: the option it was given to, for the error.
-
-    Raises:
-        UserError: no such name or file, or not UTF-8.
-
-    """
-    path = SHIPPED.get(name, Path(name).expanduser())
-    if not path.is_file():
-        known = ", ".join(SHIPPED)
-        raise UserError(f"{argument} {name!r} is no file and none of the shipped texts ({known})")
-    raw = path.read_bytes()
-    try:
-        content = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{argument} {name!r} is not UTF-8 text: {error}") from error
-    return Text(name, content, hashlib.sha256(raw).hexdigest())
-
-
-def token_windows(text: Text, tokenizer: Any, sequence_length: int) -> Tensor:
-    """Cut a text, as one stream of tokens without BOS, into consecutive windows; no overlap.
+def token_windows(corpus: Corpus, tokenizer: Any, sequence_length: int) -> Tensor:
+    """Cut all of a corpus, as one stream of tokens without BOS, into windows; no overlap.
 
     Returns:
         Token ids [windows, sequence_length]; the rest of the stream, if shorter, is left out.
 
     """
-    ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
-    count = len(ids) // sequence_length
-    return torch.tensor(ids[: count * sequence_length]).reshape(count, sequence_length)
+    ids = [token for part in _streams(corpus.documents, tokenizer) for token in part]
+    return _cut(ids, sequence_length)
 
 
-def pick_windows(text: Text, windows: Tensor, samples: int, seed: int, argument: str) -> Tensor:
-    """Choose `samples` windows at random by `seed`, in the order of the text.
+def pick_windows(
+    corpus: Corpus,
+    tokenizer: Any,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    argument: str,
+) -> Tensor:
+    """Choose windows at random by `seed`.
+
+    Documents are taken in random order and packed, one after the other, until there are enough
+    tokens: a window is full, whatever the length of the documents. Of a single document, a running
+    text, random windows are taken, in its order.
+
+    Args:
+        corpus: where from.
+        tokenizer: the model's.
+        samples: windows.
+        sequence_length: tokens in a window.
+        seed: of the choice.
+        argument: the option the corpus was given to, for the error.
+
+    Returns:
+        Token ids [samples, sequence_length].
 
     Raises:
         UserError: fewer windows than samples; says how many fit.
 
     """
-    fit, length = windows.shape
+    generator = torch.Generator().manual_seed(seed)
+    count = len(corpus.documents)
+    order = torch.randperm(count, generator=generator).tolist() if count > 1 else range(count)
+    ids: list[int] = []
+    for part in _streams([corpus.documents[index] for index in order], tokenizer):
+        ids += part
+        if len(ids) >= samples * sequence_length:
+            break
+    windows = _cut(ids, sequence_length)
+    fit = len(windows)
     if fit < samples:
         raise UserError(
-            f"{argument} {text.name!r} is too short for --samples {samples} of "
-            f"--sequence-length {length}: {fit} fit"
+            f"{argument} {corpus.name!r} is too short for --samples {samples} of "
+            f"--sequence-length {sequence_length}: {fit} fit"
         )
-    generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(fit, generator=generator)[:samples].sort().values
     return windows[chosen]
+
+
+def _streams(documents: Sequence[Document], tokenizer: Any) -> Iterator[list[int]]:
+    """Give the tokens of each document, with a blank line between two."""
+    for index, document in enumerate(documents):
+        text = document
+        if not isinstance(text, str):
+            with reading("the chat template, for the messages of the calibration text,"):
+                text = tokenizer.apply_chat_template(text, tokenize=False)
+        text = (SEPARATOR if index else "") + text
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        yield ids
+
+
+def _cut(ids: list[int], sequence_length: int) -> Tensor:
+    count = len(ids) // sequence_length
+    return torch.tensor(ids[: count * sequence_length]).reshape(count, sequence_length)
+
+
+def check_vocabulary(windows: Tensor, vocab_size: int) -> None:
+    """Check that a model has every token that its tokenizer has given.
+
+    Raises:
+        UserError: it does not.
+
+    """
+    largest = int(windows.max())
+    if largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer does not fit the model: it gives token {largest}, and the embedding "
+            f"has {vocab_size} rows"
+        )

@@ -18,6 +18,7 @@ from sliceserve.slicing.source import read_json_object
 from sliceserve.slicing.weights import ShardReader, check_shapes
 
 PROVENANCE = "provenance.json"
+SPECTRUM = "spectrum.npy"
 
 
 @dataclass(frozen=True)

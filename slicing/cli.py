@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import json
+import logging
 import re
 import signal
 import sys
@@ -10,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
+
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sliceserve.slicing.errors import UserError
 
@@ -51,7 +54,15 @@ def run(arguments: list[str]) -> int:
             signal.signal(number, _interrupt)
     options = vars(make_parser().parse_args(arguments))
     command: Callable[..., int] = options.pop("command")
-    return command(**options)
+    logger = logging.getLogger("sliceserve")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("sliceserve: warning: %(message)s"))
+    logger.addHandler(handler)
+    try:
+        with logging_redirect_tqdm([logger]):
+            return command(**options)
+    finally:
+        logger.removeHandler(handler)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -91,8 +102,10 @@ def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--calibration",
         default="wikitext2-excerpt",
-        metavar="NAME|FILE",
-        help="a UTF-8 text file, or the text that ships with the package: wikitext2-excerpt",
+        metavar="NAME|FILE|self",
+        help="a UTF-8 text file; a .jsonl file with a document a line under text or messages; "
+        "wikitext2-excerpt, which ships with the package; wikitext2, ptb, c4 or alpaca from the "
+        "hub; self, for text that the dense model writes (it must fit on the device)",
     )
     parser.add_argument("--samples", type=_positive, default=64, help="calibration windows")
     parser.add_argument("--sequence-length", type=_window, default=2048, help="tokens in a window")
@@ -133,7 +146,12 @@ def _add_perplexity(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.set_defaults(command=perplexity_command)
     parser.add_argument("model", metavar="MODEL_OR_DIR", help="a dense or a sliced model")
-    parser.add_argument("--text", required=True, metavar="FILE", help="a UTF-8 text file")
+    parser.add_argument(
+        "--text",
+        required=True,
+        metavar="NAME|FILE",
+        help="a text as for slice --calibration; of wikitext2, ptb and c4 the held-out part",
+    )
     parser.add_argument("--sequence-length", type=_window, default=2048, help="tokens in a window")
     parser.add_argument("--samples", type=_positive, help="windows, from the start (all)")
     parser.add_argument("--device", help="where to compute, for instance cuda:0 (a GPU if any)")

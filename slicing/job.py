@@ -1,38 +1,48 @@
 """One slicing job: from a model's name to a finished checkpoint directory."""
 
+import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import transformers
 
-from sliceserve.slicing.calibration import Text, pick_windows, read_text, token_windows
+from sliceserve.slicing.calibration import check_vocabulary, pick_windows
 from sliceserve.slicing.checkpoint import (
     PROVENANCE,
+    SPECTRUM,
     CheckpointSummary,
     read_checkpoint_summary,
     staged_directory,
 )
 from sliceserve.slicing.config import sliced_config
+from sliceserve.slicing.corpora import Corpus, read_corpus
 from sliceserve.slicing.dense import DenseModel, open_dense_model
-from sliceserve.slicing.devices import checked_device, within_memory
-from sliceserve.slicing.errors import UserError
-from sliceserve.slicing.memory import peak_bytes, signal_budget
+from sliceserve.slicing.devices import checked_device
+from sliceserve.slicing.errors import UserError, reason
+from sliceserve.slicing.memory import TOKENS_PER_BATCH, peak_bytes, signal_budget
 from sliceserve.slicing.modeling import expected_shapes
 from sliceserve.slicing.parts import PartWriter, assemble_shards, remove_shards
 from sliceserve.slicing.progress import Progress
+from sliceserve.slicing.selftext import SELF, write_windows
 from sliceserve.slicing.slicer import Slicer, sliced_width
 from sliceserve.slicing.source import copy_tokenizer, load_tokenizer
 from sliceserve.slicing.stopwatch import Stopwatch
 
 METHOD = "SliceGPT (arXiv 2401.15024): sequential PCA, dense rotations, full-width head"
 UNFINISHED = "unfinished"
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,8 @@ class SliceOptions:
 
     Attributes:
         fraction: of hidden_size to delete, in [0, 1).
-        calibration: the name of a shipped text, or a file.
+        calibration: the name of a text (see `corpora.read_corpus`), a file, or "self" for text
+            that the dense model writes.
         samples: calibration windows.
         sequence_length: tokens in a window.
         round_to: the width kept is a multiple of this.
@@ -93,26 +104,28 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
     if options.output.exists() or options.output.is_symlink():
         raise UserError(f"--output {str(options.output)!r} exists already")
     device = checked_device(options.device)
-    text = read_text(options.calibration, "--calibration")
+    corpus = None
+    if options.calibration != SELF:
+        corpus = read_corpus(options.calibration, "--calibration")
     model = open_dense_model(options.model)
-    width = sliced_width(model.config.hidden_size, options.fraction, options.round_to)
+    hidden_size = model.config.hidden_size
+    width = sliced_width(hidden_size, options.fraction, options.round_to)
     tokenizer = load_tokenizer(model.location)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and options.sequence_length > limit:
-        raise UserError(
-            f"--sequence-length {options.sequence_length} is more than the {limit} positions "
-            f"of MODEL {options.model!r}"
+    check_positions(options, model)
+    windows = None
+    if corpus:
+        windows = pick_windows(
+            corpus,
+            tokenizer,
+            options.samples,
+            options.sequence_length,
+            options.seed,
+            "--calibration",
         )
-    windows = pick_windows(
-        text,
-        token_windows(text, tokenizer, options.sequence_length),
-        options.samples,
-        options.seed,
-        "--calibration",
-    )
+        check_vocabulary(windows, model.config.vocab_size)
     dtype = getattr(torch, options.dtype) if options.dtype else model.dtype
     places = model.architecture.places(model.config.num_hidden_layers)
-    widths = [width] * (places - 1) + [model.config.hidden_size]
+    widths = [width] * (places - 1) + [hidden_size]
     config = sliced_config(
         model.config,
         model.architecture,
@@ -123,27 +136,55 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
     numbers = sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
     forward_dtype = torch.float32 if device.type == "cpu" else model.dtype
     signal_bytes = signal_budget(model, options.memory_limit, device, dtype)
-    job = describe_job(options, text, forward_dtype)
+    job = describe_job(options, corpus, forward_dtype)
     files = {file.name: [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in model.files}
+    tokens = options.samples * options.sequence_length
+    if tokens < hidden_size:
+        logger.warning(
+            "%d calibration tokens span at most %d of the %d dimensions of the residual stream: "
+            "use more --samples",
+            tokens,
+            tokens,
+            hidden_size,
+        )
     # The weights, and the signals three times: spilled, saved, and saved anew.
-    room = numbers * dtype.itemsize
-    room += 3 * windows.numel() * widths[-1] * forward_dtype.itemsize
+    room = numbers * dtype.itemsize + 3 * tokens * hidden_size * forward_dtype.itemsize
     with (
         staged_directory(options.output, room, options.resume) as staging,
         ThreadPoolExecutor(1) as hasher,
     ):
-        progress = Progress(staging / UNFINISHED, job | {"source files": files})
-        if not progress.part_bytes:
+        unfinished = staging / UNFINISHED
+        job_of_files = job | {"source files": files}
+        if not Progress(unfinished, job_of_files).part_bytes:
             remove_shards(staging)
         sha256 = hasher.submit(model.sha256)
-        with PartWriter(progress.directory, dtype) as writer, within_memory(device):
-            slicer = Slicer(model, widths, writer, device, forward_dtype, signal_bytes)
-            slicer.run(windows, progress, show_progress)
+        if windows is None:
+            windows = write_windows(
+                unfinished / "windows.safetensors",
+                model,
+                tokenizer,
+                (options.samples, options.sequence_length),
+                options.seed,
+                device,
+                show_progress,
+            )
+
+        def attempt(model: DenseModel, windows_per_batch: int) -> tuple[Slicer, Progress]:
+            progress = Progress(unfinished, job_of_files)
+            with PartWriter(unfinished, dtype) as writer:
+                slicer = Slicer(
+                    model, widths, writer, device, forward_dtype, signal_bytes, windows_per_batch
+                )
+                slicer.run(windows, progress, show_progress)
+            return slicer, progress
+
+        slicer, progress = _within_memory(attempt, model, options, device)
         with slicer.stopwatch("writing"):
             assemble_shards(progress.directory, staging, progress.part_bytes)
         config.save_pretrained(staging)
         copy_tokenizer(model.location, staging)
         copy_generation_config(model, staging)
+        np.save(staging / SPECTRUM, slicer.spectrum.numpy().astype(np.float32))
         source = {
             "model": options.model,
             "files": list(files),
@@ -151,11 +192,63 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
             "parameters": model.parameters,
         }
         record = {"method": METHOD, "source": source, **job}
+        record["calibration"]["tokens_sha256"] = hashlib.sha256(
+            windows.numpy().tobytes()
+        ).hexdigest()
         (staging / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
         read_checkpoint_summary(staging)
         shutil.rmtree(progress.directory)
     summary = read_checkpoint_summary(options.output)
     return SliceRun(summary, slicer.stopwatch, slicer.signals.home, peak_bytes())
+
+
+def check_positions(options: SliceOptions, model: DenseModel) -> None:
+    """Check that a window is no longer than the model's context.
+
+    Raises:
+        UserError: it is.
+
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and options.sequence_length > limit:
+        raise UserError(
+            f"--sequence-length {options.sequence_length} is more than the {limit} positions "
+            f"of MODEL {options.model!r}"
+        )
+
+
+def _within_memory(
+    attempt: Callable[[DenseModel, int], T],
+    model: DenseModel,
+    options: SliceOptions,
+    device: torch.device,
+) -> T:
+    """Run `attempt` with as many windows at once as the GPU has memory for.
+
+    What a failed attempt has finished stays; the next one goes on from it.
+    """
+    windows_per_batch = max(1, TOKENS_PER_BATCH // options.sequence_length)
+    while True:
+        try:
+            return attempt(model, windows_per_batch)
+        except torch.OutOfMemoryError as error:
+            if windows_per_batch == 1:
+                raise UserError(
+                    f"--device {str(device)!r} is too small for one window of "
+                    f"--sequence-length {options.sequence_length}: {reason(error)}"
+                ) from error
+        logger.warning(
+            "%s ran out of memory with %d windows of %d tokens at once: going on with %d",
+            device,
+            windows_per_batch,
+            options.sequence_length,
+            windows_per_batch // 2,
+        )
+        windows_per_batch //= 2
+        # The modules of the model that has failed are taken apart.
+        model = open_dense_model(options.model)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def copy_generation_config(model: DenseModel, staging: Path) -> None:
@@ -168,7 +261,9 @@ def copy_generation_config(model: DenseModel, staging: Path) -> None:
     generation.save_pretrained(staging)
 
 
-def describe_job(options: SliceOptions, text: Text, forward_dtype: torch.dtype) -> dict[str, Any]:
+def describe_job(
+    options: SliceOptions, corpus: Corpus | None, forward_dtype: torch.dtype
+) -> dict[str, Any]:
     """Return what determines the result beside the source, as plain JSON."""
     chosen = asdict(options)
     for name in ("output", "memory_limit", "resume"):
@@ -178,7 +273,7 @@ def describe_job(options: SliceOptions, text: Text, forward_dtype: torch.dtype) 
         for name in ("sliceserve", "torch", "transformers", "safetensors", "numpy")
     }
     return {
-        "calibration": {"text": text.name, "sha256": text.sha256},
+        "calibration": {"text": options.calibration, "sha256": corpus.sha256 if corpus else None},
         "options": chosen,
         "forward_dtype": str(forward_dtype).removeprefix("torch."),
         "versions": versions | {"python": platform.python_version()},

@@ -21,7 +21,7 @@ class SecondMoment:
         self.sum.addmm_(rows.T, rows)
 
 
-def principal_basis(moment: Tensor, width: int, centred: bool) -> Tensor:
+def principal_basis(moment: Tensor, width: int, centred: bool) -> tuple[Tensor, Tensor]:
     """Return the eigenvectors of the `width` largest eigenvalues of a damped second moment.
 
     The damping, 1 % of the mean diagonal, is the published implementation's; it leaves the
@@ -34,7 +34,8 @@ def principal_basis(moment: Tensor, width: int, centred: bool) -> Tensor:
             empty and is kept last, also when other directions are empty too.
 
     Returns:
-        U, [hidden_size, width], float64, orthonormal columns, falling eigenvalues.
+        U, [hidden_size, width], float64, orthonormal columns, and all eigenvalues without the
+        damping, [hidden_size], falling.
 
     """
     damped = moment.clone()
@@ -42,5 +43,13 @@ def principal_basis(moment: Tensor, width: int, centred: bool) -> Tensor:
     damped.diagonal().add_(damping)
     if centred:
         damped.sub_(damping / len(damped))
-    vectors: Tensor = torch.linalg.eigh(damped).eigenvectors
-    return vectors.flip(-1)[:, :width].contiguous()
+    values, vectors = torch.linalg.eigh(damped)
+    # Off the empty direction (1, …, 1) the damping shifts every eigenvalue alike.
+    spectrum = (values - damping).clamp(min=0).flip(-1)
+    return vectors.flip(-1)[:, :width].contiguous(), spectrum
+
+
+def numerical_rank(spectrum: Tensor) -> int:
+    """Count the eigenvalues that are not zero in float64 (the tolerance of `matrix_rank`)."""
+    tolerance = spectrum.max() * len(spectrum) * torch.finfo(torch.float64).eps
+    return int((spectrum > tolerance).sum())

@@ -9,9 +9,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from sliceserve.slicing.calibration import read_text, token_windows
+from sliceserve.slicing.calibration import check_vocabulary, token_windows
 from sliceserve.slicing.checkpoint import read_checkpoint_summary
 from sliceserve.slicing.config import MODEL_TYPE
+from sliceserve.slicing.corpora import read_corpus
 from sliceserve.slicing.dense import open_dense_model, read_dense_config
 from sliceserve.slicing.devices import checked_device, within_memory
 from sliceserve.slicing.errors import UserError, reading
@@ -50,10 +51,10 @@ def measure_text(
         UserError: no such model, text or device, or a text too short.
 
     """
-    content = read_text(text, "--text")
+    corpus = read_corpus(text, "--text", "held out")
     place = checked_device(device)
     location = locate(model)
-    windows = token_windows(content, load_tokenizer(location), sequence_length)
+    windows = token_windows(corpus, load_tokenizer(location), sequence_length)
     if len(windows) < (samples or 1):
         raise UserError(
             f"--text {text!r} is too short for --samples {samples or 1} of "
@@ -99,9 +100,10 @@ def measure(model: Any, windows: Tensor, show_progress: bool = True) -> Perplexi
     Within a window every token but the first is predicted; windows do not see each other.
 
     Raises:
-        UserError: the model gives values that are not finite.
+        UserError: the model gives values that are not finite, or lacks some of the tokens.
 
     """
+    check_vocabulary(windows, model.config.vocab_size)
     count, length = windows.shape
     total = 0.0
     with tqdm(windows, desc="perplexity", unit="window", disable=not show_progress) as bar:

@@ -5,7 +5,7 @@ written, signals and basis at the place reached. Whatever was under way is done 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Progress:
         self.directory = directory
         self.part_bytes: list[int] = []
         self._job = json.loads(json.dumps(job))
-        self._shapes: list[list[int]] = []
+        self._window: list[int] = []
         if (directory / STATE).exists():
             state = read_json_object(directory / STATE)
             differences = list(_differences("", state["job"], self._job))
@@ -55,25 +55,44 @@ class Progress:
                     f"--resume cannot go on with {str(directory.parent)!r}, begun with other "
                     f"inputs: {'; '.join(differences)}"
                 )
-            self.part_bytes, self._shapes = state["part_bytes"], state["shapes"]
+            self.part_bytes, self._window = state["part_bytes"], state["window"]
 
-    def restore(self, signals: Signals, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Fill the signals with those at the place reached and return the basis there."""
-        load_signals(signals, self._path("signals.bin"), self._shapes, dtype)
-        return load_file(self._path("basis.safetensors"), device=str(device))["basis"]
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors kept at the place reached."""
+        return load_file(self._path("tensors.safetensors"))
+
+    def restore_signals(
+        self, signals: Signals, dtype: torch.dtype, batch_sizes: Sequence[int]
+    ) -> None:
+        """Fill the signals with those at the place reached.
+
+        Args:
+            signals: the store to fill.
+            dtype: of the signals.
+            batch_sizes: windows of each batch; may be other ones than when they were saved.
+
+        """
+        shapes = [[size, *self._window] for size in batch_sizes]
+        load_signals(signals, self._path("signals.bin"), shapes, dtype)
 
     def finish_part(
-        self, part: "Future[int]", signals: Signals | None = None, basis: Tensor | None = None
+        self,
+        part: "Future[int]",
+        tensors: Mapping[str, Tensor],
+        signals: Signals | None = None,
     ) -> None:
-        """Note that a part is done; with signals and basis unless it is the last one."""
-        before = [self._path("signals.bin"), self._path("basis.safetensors")]
+        """Note that a part is done, with the tensors and signals needed to go on from it."""
+        before = [self._path("signals.bin"), self._path("tensors.safetensors")]
         self.part_bytes.append(0)
-        if signals is not None and basis is not None:
+        write_tensors(
+            self._path("tensors.safetensors"),
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+        )
+        if signals is not None:
             save_signals(signals, self._path("signals.bin"))
-            write_tensors(self._path("basis.safetensors"), {"basis": basis.contiguous()})
-            self._shapes = [list(signals[index].shape) for index in range(len(signals))]
+            self._window = list(signals[0].shape[1:])
         self.part_bytes[-1] = part.result()
-        state = {"job": self._job, "part_bytes": self.part_bytes, "shapes": self._shapes}
+        state = {"job": self._job, "part_bytes": self.part_bytes, "window": self._window}
         temporary = self.directory / f"{STATE}.tmp"
         temporary.write_text(json.dumps(state))
         temporary.replace(self.directory / STATE)

@@ -6,6 +6,7 @@ those that write it UᵀW, and the stream itself moves from one place to the nex
 The head keeps its full width: the last writers and the last S lead back to all columns.
 """
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,14 +19,16 @@ from tqdm import tqdm
 from sliceserve.slicing.architectures import Sublayer
 from sliceserve.slicing.dense import DenseModel
 from sliceserve.slicing.errors import UserError
-from sliceserve.slicing.memory import ROWS_PER_PRODUCT, TOKENS_PER_BATCH, return_freed_memory
+from sliceserve.slicing.memory import ROWS_PER_PRODUCT, return_freed_memory
 from sliceserve.slicing.modeling import ROTATION, SlicedLayer
-from sliceserve.slicing.moments import SecondMoment, principal_basis
+from sliceserve.slicing.moments import SecondMoment, numerical_rank, principal_basis
 from sliceserve.slicing.parts import PartWriter
 from sliceserve.slicing.progress import Progress
 from sliceserve.slicing.recording import Contexts, record
 from sliceserve.slicing.signals import Signals, make_signals
 from sliceserve.slicing.stopwatch import Stopwatch
+
+logger = logging.getLogger(__name__)
 
 
 def sliced_width(hidden_size: int, fraction: float, round_to: int) -> int:
@@ -60,6 +63,7 @@ class Slicer:
         device: torch.device,
         dtype: torch.dtype,
         signal_bytes: int,
+        windows_per_batch: int,
     ) -> None:
         """Prepare a run.
 
@@ -70,6 +74,7 @@ class Slicer:
             device: where layers run.
             dtype: of the forward pass; moments, bases and rotations are float64 throughout.
             signal_bytes: of the host's memory that calibration signals may take; more spill.
+            windows_per_batch: calibration windows that run through a layer at once.
 
         """
         self.model = model
@@ -78,8 +83,10 @@ class Slicer:
         self.device = device
         self.dtype = dtype
         self.signal_bytes = signal_bytes
+        self.windows_per_batch = windows_per_batch
         self.stopwatch = Stopwatch(device)
         self.basis = torch.empty(0)
+        self.spectrum = torch.empty(0, self.widths[-1], dtype=torch.float64)
         final_norm = model.skeleton.get_submodule(model.architecture.final_norm)
         self.centred = isinstance(final_norm, nn.LayerNorm)
         self.layers: Any = model.skeleton.get_submodule(model.architecture.layers)
@@ -89,11 +96,14 @@ class Slicer:
     def run(self, windows: Tensor, progress: Progress, show_progress: bool = True) -> None:
         """Slice the model with calibration tokens [samples, sequence_length], from where it stands.
 
+        Afterwards `spectrum` holds the eigenvalues of the stream's second moment at all places but
+        the last, [places - 1, hidden_size], float64, falling.
+
         Raises:
             UserError: the dense model holds or gives values that are not finite.
 
         """
-        batches = _split(windows, max(1, TOKENS_PER_BATCH // windows.shape[1]))
+        batches = _split(windows, self.windows_per_batch)
         capacities = [batch.numel() * self.widths[-1] for batch in batches]
         spill = progress.directory / "spilled.bin"
         self.signals = make_signals(capacities, self.dtype, self.device, self.signal_bytes, spill)
@@ -109,12 +119,15 @@ class Slicer:
             bar.set_description("slicing embedding")
             if done == 0:
                 contexts = self._start(batches)
-                progress.finish_part(self.writer.write(0), self.signals, self.basis)
+                progress.finish_part(self.writer.write(0), self._state(), self.signals)
             elif done <= count:
                 contexts = record(
                     self.model, one_of_each_size(batches), self.device, self.dtype, _ignore
                 )
-                self.basis = progress.restore(self.signals, self.dtype, self.device)
+                progress.restore_signals(self.signals, self.dtype, list(map(len, batches)))
+            if done > 0:
+                state = progress.tensors()
+                self.basis, self.spectrum = state["basis"].to(self.device), state["spectrum"]
             first = max(0, done - 1)
             ahead = loader.submit(self._read_layer, first) if first < count else None
             for index in range(count):
@@ -127,13 +140,16 @@ class Slicer:
                     self._slice_layer(index, weights, contexts[index], bar.update)
                     with self.stopwatch("writing"):
                         part = self.writer.write(index + 1)
-                        progress.finish_part(part, self.signals, self.basis)
+                        progress.finish_part(part, self._state(), self.signals)
                 # The sliced layer is made of the dense one's modules: let go of its weights.
                 self.layers[index] = nn.Identity()
                 return_freed_memory()
         if len(progress.part_bytes) == count + 1:
             self._fold_head()
-            progress.finish_part(self.writer.write(count + 1))
+            progress.finish_part(self.writer.write(count + 1), self._state())
+
+    def _state(self) -> dict[str, Tensor]:
+        return {"basis": self.basis, "spectrum": self.spectrum}
 
     def _read(self, name: str) -> Tensor:
         """Read a tensor on the CPU; there must be no NaN or infinity in it."""
@@ -287,7 +303,18 @@ class Slicer:
                 f"stream: its weights are corrupt or overflow in {self.dtype}"
             )
         with self.stopwatch("eigenvectors"):
-            self.basis = principal_basis(moment.sum, self.widths[place], self.centred)
+            self.basis, spectrum = principal_basis(moment.sum, self.widths[place], self.centred)
+            self.spectrum = torch.cat([self.spectrum, spectrum.cpu().unsqueeze(0)])
+        # Centring empties one direction.
+        possible = min(self.widths[place], self.widths[-1] - self.centred)
+        if (rank := numerical_rank(self.spectrum[-1])) < possible:
+            logger.warning(
+                "at place %d the calibration signal has rank %d and %d directions are kept: some "
+                "are arbitrary; use more or more varied calibration text",
+                place,
+                rank,
+                self.widths[place],
+            )
         narrow = self.basis.to(self.dtype)
         with self.stopwatch("signals"):
             for index in range(len(self.signals)):

@@ -33,7 +33,7 @@ def slice_to(
     exact_norms(model.skeleton)
     progress = Progress(output / "unfinished", {})
     writer = PartWriter(progress.directory, dtype)
-    slicer = Slicer(model, widths, writer, torch.device("cpu"), dtype, signal_bytes)
+    slicer = Slicer(model, widths, writer, torch.device("cpu"), dtype, signal_bytes, 2)
     slicer.run(IDS, progress, show_progress=False)
     assert slicer.signals.home == ("memory of cpu" if signal_bytes else "a file")
     assert [name for name, p in model.skeleton.named_parameters() if not p.is_meta] == [], (
