@@ -1,4 +1,4 @@
-"""The command line: slice, inspect, perplexity and serve."""
+"""The command line: slice, inspect, perplexity, evaluate and serve."""
 
 import argparse
 import importlib.metadata
@@ -76,6 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_slice(commands)
     _add_inspect(commands)
     _add_perplexity(commands)
+    _add_evaluate(commands)
     commands.add_parser("serve", help="serve a sliced checkpoint with an OpenAI-compatible API")
     return parser
 
@@ -161,6 +162,41 @@ def _add_perplexity(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
 
 
+def _add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="compare models on the tasks of lm-evaluation-harness",
+        description="Runs lm-evaluation-harness in this process and shows the models side by "
+        "side, with standard errors.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(command=evaluate_command)
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL_OR_DIR", help="dense or sliced models, a column each"
+    )
+    parser.add_argument(
+        "--tasks",
+        type=_names,
+        default="piqa,hellaswag,winogrande,arc_easy,arc_challenge",
+        metavar="NAME,NAME",
+        help="by the names of the harness",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="local data: DIR/TASK/validation.jsonl or test.jsonl, in the fields of the task's "
+        "data set (from the hub)",
+    )
+    parser.add_argument("--limit", type=_positive, help="examples a task, from its start (all)")
+    parser.add_argument("--batch-size", type=_positive, default=16, help="sequences at once")
+    parser.add_argument("--device", help="where to compute, for instance cuda:0 (a GPU if any)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="to compute in (float32 on a CPU, else the model's)"
+    )
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
+
+
 def slice_command(device: str | None, **options: object) -> int:
     """Run `sliceserve slice`."""
     from sliceserve.slicing.job import SliceOptions, run_slice
@@ -216,6 +252,29 @@ def perplexity_command(
     return 0
 
 
+def evaluate_command(
+    models: list[str], device: str | None, as_json: bool, **options: object
+) -> int:
+    """Run `sliceserve evaluate`."""
+    from sliceserve.slicing.evaluation import as_table, evaluate
+    from sliceserve.slicing.source import quiet_transformers
+
+    quiet_transformers()
+    results = evaluate(models, device=device or _default_device(), **options)  # type: ignore[arg-type]
+    if as_json:
+        fields = {
+            model: {
+                task: {metric: asdict(score) for metric, score in metrics.items()}
+                for task, metrics in scores.items()
+            }
+            for model, scores in results.items()
+        }
+        print(json.dumps({"evaluation": fields}, indent=2))
+    else:
+        print(as_table(results))
+    return 0
+
+
 def _default_device() -> str:
     import torch
 
@@ -245,6 +304,10 @@ def _bytes(text: str) -> int:
     return int(float(match[1]) * units[match[2].upper()])
 
 
+def _names(text: str) -> list[str]:
+    return [name for part in text.split(",") if (name := part.strip())]
+
+
 def _window(text: str) -> int:
     value = int(text)
     if value < 2:
@@ -261,6 +324,7 @@ _fraction.__name__ = "fraction"
 _positive.__name__ = "number"
 _window.__name__ = "number"
 _bytes.__name__ = "size"
+_names.__name__ = "list"
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -60,11 +60,17 @@ def measure_text(
             f"--text {text!r} is too short for --samples {samples or 1} of "
             f"--sequence-length {sequence_length}: {len(windows)} fit"
         )
-    if dtype is None and place.type == "cpu":
-        dtype = "float32"
     with within_memory(place):
-        loaded = load_model(location, place, getattr(torch, dtype) if dtype else None)
+        loaded = load_model(location, place, default_dtype(place, dtype))
         return measure(loaded, windows[:samples])
+
+
+def default_dtype(device: torch.device, dtype: str | None) -> torch.dtype | None:
+    """Return the dtype to run in by its name: without one, float32 on a CPU, else the stored."""
+    if dtype is None and device.type == "cpu":
+        return torch.float32
+    chosen: torch.dtype | None = getattr(torch, dtype) if dtype else None
+    return chosen
 
 
 def load_model(location: Location, device: torch.device, dtype: torch.dtype | None) -> Any:
