@@ -17,6 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from sliceserve.slicing.errors import UserError
 
 EXIT_USER_ERROR = 2
+BACKENDS = ("transformers", "vllm")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -155,6 +156,9 @@ def _add_perplexity(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument("--sequence-length", type=_window, default=2048, help="tokens in a window")
     parser.add_argument("--samples", type=_positive, help="windows, from the start (all)")
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="transformers", help="what runs the model"
+    )
     parser.add_argument("--device", help="where to compute, for instance cuda:0 (a GPU if any)")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="to compute in (float32 on a CPU, else the model's)"
@@ -227,21 +231,16 @@ def inspect_command(directory: Path, as_json: bool) -> int:
     return 0
 
 
-def perplexity_command(
-    model: str,
-    text: str,
-    sequence_length: int,
-    samples: int | None,
-    device: str | None,
-    dtype: str | None,
-    as_json: bool,
-) -> int:
+def perplexity_command(backend: str, device: str | None, as_json: bool, **options: object) -> int:
     """Run `sliceserve perplexity`."""
     from sliceserve.slicing.perplexity import measure_text
     from sliceserve.slicing.source import quiet_transformers
 
+    if device and backend == "vllm":
+        raise UserError(f"--device {device!r}: with --backend vllm, vLLM chooses the device")
     quiet_transformers()
-    result = measure_text(model, text, sequence_length, samples, device or _default_device(), dtype)
+    place = device or _default_device()
+    result = measure_text(backend=backend, device=place, **options)  # type: ignore[arg-type]
     if as_json:
         print(json.dumps(asdict(result), indent=2))
     else:

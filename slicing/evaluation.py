@@ -13,7 +13,7 @@ import torch
 
 from sliceserve.slicing.devices import checked_device, within_memory
 from sliceserve.slicing.errors import UserError, reason
-from sliceserve.slicing.perplexity import default_dtype, load_model
+from sliceserve.slicing.perplexity import check_model, default_dtype, load_model
 from sliceserve.slicing.source import load_tokenizer, locate
 
 SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
@@ -95,6 +95,8 @@ def evaluate(
         ) from error
     locations = [locate(model) for model in models]
     tokenizers = [load_tokenizer(location) for location in locations]
+    for location in locations:
+        check_model(location)
     results = {}
     for name, location, tokenizer in zip(models, locations, tokenizers, strict=True):
         with within_memory(place):

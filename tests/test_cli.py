@@ -50,6 +50,12 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["inspect", "no-such-dir"], "DIR 'no-such-dir' is no checkpoint"),
         (["perplexity", "m", "--text", "none.txt"], "--text 'none.txt' is no file"),
         (["perplexity", "m", "--text", "x" * 300], "File name too long"),
+        (
+            ["perplexity", "m", "--text", "x", "--backend", "vllm", "--device", "cpu"],
+            "--device 'cpu': with --backend vllm",
+        ),
+        (["evaluate", "m", "--tasks", "piqa,no-such"], "--tasks no-such: "),
+        (["evaluate", "m", "--tasks", "piqa", "--data", "d"], "--data 'd' holds no piqa/"),
         (["dance"], "'dance'"),
     ],
 )
@@ -200,3 +206,15 @@ def test_perplexity_agrees_with_transformers(
         loss = model(input_ids=windows, labels=windows).loss
     assert result["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-5)
     assert result["predicted_tokens"] == 3 * 99
+    through_vllm = subprocess.run(
+        [*COMMAND, *command, "--sequence-length", "100", "--samples", "3", "--backend", "vllm"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
+    )
+    assert through_vllm.returncode == 0, through_vllm.stderr
+    assert json.loads(through_vllm.stdout) == result | {
+        "backend": "vllm",
+        "perplexity": pytest.approx(result["perplexity"], rel=1e-3),
+    }
