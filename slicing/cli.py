@@ -1,4 +1,4 @@
-"""The command line: slice, inspect, perplexity, evaluate and serve."""
+"""The command line: slice, inspect, perplexity, evaluate, finetune and serve."""
 
 import argparse
 import importlib.metadata
@@ -18,6 +18,7 @@ from sliceserve.slicing.errors import UserError
 
 EXIT_USER_ERROR = 2
 BACKENDS = ("transformers", "vllm")
+METHODS = ("lora", "full")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -78,6 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_perplexity(commands)
     _add_evaluate(commands)
+    _add_finetune(commands)
     commands.add_parser("serve", help="serve a sliced checkpoint with an OpenAI-compatible API")
     return parser
 
@@ -201,6 +203,55 @@ def _add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
 
 
+def _add_finetune(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = commands.add_parser(
+        "finetune",
+        help="train a sliced model to recover what slicing has cost",
+        description="Trains LoRA adapters (merged afterwards) or all parameters of a sliced "
+        "checkpoint and writes a sliced checkpoint of the same shapes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(command=finetune_command)
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a sliced checkpoint")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="directory to make"
+    )
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="lora",
+        help="low-rank adapters, or all parameters with the APOLLO optimizer",
+    )
+    parser.add_argument(
+        "--text",
+        default="wikitext2-excerpt",
+        metavar="NAME|FILE",
+        help="to train on, as for slice --calibration",
+    )
+    parser.add_argument("--samples", type=_positive, default=128, help="training windows")
+    parser.add_argument(
+        "--validation-samples",
+        type=_positive,
+        default=8,
+        help="windows kept apart, to measure perplexity on before and after",
+    )
+    parser.add_argument("--sequence-length", type=_window, default=1024, help="tokens in a window")
+    parser.add_argument("--epochs", type=_positive, default=1, help="times through the windows")
+    parser.add_argument("--batch-size", type=_positive, default=4, help="windows at once")
+    parser.add_argument(
+        "--learning-rate", type=_rate, help="at its peak (3e-4 for lora, 1e-4 for full)"
+    )
+    parser.add_argument("--rank", type=_positive, default=32, help="of the adapters")
+    parser.add_argument("--alpha", type=_positive, default=10, help="their scale is alpha / rank")
+    parser.add_argument("--seed", type=int, default=0, help="of windows, order and adapters")
+    parser.add_argument("--device", help="where to train, for instance cuda:0 (a GPU if any)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what is unfinished when the run ends early, and go on from it",
+    )
+
+
 def slice_command(device: str | None, **options: object) -> int:
     """Run `sliceserve slice`."""
     from sliceserve.slicing.job import SliceOptions, run_slice
@@ -274,6 +325,30 @@ def evaluate_command(
     return 0
 
 
+def finetune_command(device: str | None, **options: object) -> int:
+    """Run `sliceserve finetune`."""
+    from sliceserve.slicing.finetune import FinetuneOptions, run_finetune
+    from sliceserve.slicing.report import describe
+    from sliceserve.slicing.source import quiet_transformers
+
+    quiet_transformers()
+    chosen = FinetuneOptions(device=device or _default_device(), **options)  # type: ignore[arg-type]
+    try:
+        run = run_finetune(chosen)
+    except KeyboardInterrupt:
+        if chosen.resume:
+            raise UserError("interrupted; the same command goes on where it stopped") from None
+        raise
+    print(describe(run.summary))
+    print(
+        f"{'perplexity':<12} {run.before:.2f} before, {run.after:.2f} after, on "
+        f"{chosen.validation_samples} windows it was not trained on"
+    )
+    if run.peak_gpu_bytes:
+        print(f"{'GPU memory':<12} {run.peak_gpu_bytes / 1e9:.2f} GB at most")
+    return 0
+
+
 def _default_device() -> str:
     import torch
 
@@ -291,6 +366,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
 
 
@@ -323,6 +405,7 @@ _fraction.__name__ = "fraction"
 _positive.__name__ = "number"
 _window.__name__ = "number"
 _bytes.__name__ = "size"
+_rate.__name__ = "rate"
 _names.__name__ = "list"
 
 if __name__ == "__main__":

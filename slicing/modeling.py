@@ -116,6 +116,7 @@ class SlicedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     config_class = SlicedConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = False
+    accepts_loss_kwargs = False
     _supports_sdpa = True
     _supports_flash_attn = True
     _no_split_modules = ("SlicedLayer",)

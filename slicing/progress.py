@@ -49,12 +49,7 @@ class Progress:
         self._window: list[int] = []
         if (directory / STATE).exists():
             state = read_json_object(directory / STATE)
-            differences = list(_differences("", state["job"], self._job))
-            if differences:
-                raise UserError(
-                    f"--resume cannot go on with {str(directory.parent)!r}, begun with other "
-                    f"inputs: {'; '.join(differences)}"
-                )
+            _compare(state["job"], self._job, directory.parent)
             self.part_bytes, self._window = state["part_bytes"], state["window"]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -101,6 +96,34 @@ class Progress:
 
     def _path(self, name: str) -> Path:
         return self.directory / f"{len(self.part_bytes)}-{name}"
+
+
+def keep_job(path: Path, job: Mapping[str, Any]) -> None:
+    """Note what a run is to do, or check that the run that is unfinished was to do the same.
+
+    Args:
+        path: the file that says so, in the directory of what is unfinished.
+        job: what determines the result, as plain JSON.
+
+    Raises:
+        UserError: the run was begun with another job; names what differs.
+
+    """
+    if path.exists():
+        _compare(read_json_object(path), json.loads(json.dumps(job)), path.parent.parent)
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(job))
+    temporary.replace(path)
+
+
+def _compare(old: Any, new: Any, directory: Path) -> None:
+    differences = list(_differences("", old, new))
+    if differences:
+        raise UserError(
+            f"--resume cannot go on with {str(directory)!r}, begun with other inputs: "
+            + "; ".join(differences)
+        )
 
 
 def _differences(where: str, old: Any, new: Any) -> Any:
