@@ -1,4 +1,4 @@
-"""The command line: slice, inspect, perplexity, evaluate, finetune and serve."""
+"""The command line: slice, inspect, perplexity, evaluate, finetune, report and serve."""
 
 import argparse
 import importlib.metadata
@@ -80,6 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_perplexity(commands)
     _add_evaluate(commands)
     _add_finetune(commands)
+    _add_report(commands)
     commands.add_parser("serve", help="serve a sliced checkpoint with an OpenAI-compatible API")
     return parser
 
@@ -239,7 +240,7 @@ def _add_finetune(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--epochs", type=_positive, default=1, help="times through the windows")
     parser.add_argument("--batch-size", type=_positive, default=4, help="windows at once")
     parser.add_argument(
-        "--learning-rate", type=_rate, help="at its peak (3e-4 for lora, 1e-4 for full)"
+        "--learning-rate", type=_rate, help="at its peak (3e-4 for lora, 1e-5 for full)"
     )
     parser.add_argument("--rank", type=_positive, default=32, help="of the adapters")
     parser.add_argument("--alpha", type=_positive, default=10, help="their scale is alpha / rank")
@@ -249,6 +250,25 @@ def _add_finetune(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--resume",
         action="store_true",
         help="keep what is unfinished when the run ends early, and go on from it",
+    )
+
+
+def _add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = commands.add_parser(
+        "report", help="write an HTML page about a sliced checkpoint, with nothing outside it"
+    )
+    parser.set_defaults(command=report_command)
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a sliced checkpoint")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="the HTML file to write"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="what `perplexity --json` and `evaluate --json` have printed, dense and sliced",
     )
 
 
@@ -346,6 +366,17 @@ def finetune_command(device: str | None, **options: object) -> int:
     )
     if run.peak_gpu_bytes:
         print(f"{'GPU memory':<12} {run.peak_gpu_bytes / 1e9:.2f} GB at most")
+    return 0
+
+
+def report_command(directory: Path, results: list[Path], output: Path) -> int:
+    """Run `sliceserve report`."""
+    from sliceserve.slicing.page import write_report
+    from sliceserve.slicing.source import quiet_transformers
+
+    quiet_transformers()
+    write_report(directory, results, output)
+    print(f"{output} written")
     return 0
 
 

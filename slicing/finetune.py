@@ -36,7 +36,7 @@ from sliceserve.slicing.weights import ShardReader, hash_files
 
 HISTORY = "finetuning.json"
 UNFINISHED = "unfinished"
-LEARNING_RATES = {"lora": 3e-4, "full": 1e-4}
+LEARNING_RATES = {"lora": 3e-4, "full": 1e-5}
 LORA_DROPOUT = 0.05
 APOLLO = "rank=64,proj=random,scale=1.0,scale_type=channel,update_proj_gap=200"
 CHECKPOINTS = 10  # in a run: what an interrupt can cost

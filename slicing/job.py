@@ -190,6 +190,8 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
             "files": list(files),
             "sha256": sha256.result(),
             "parameters": model.parameters,
+            "bytes": sum(size for size, _ in files.values()),
+            "dtype": str(model.dtype).removeprefix("torch."),
         }
         record = {"method": METHOD, "source": source, **job}
         record["calibration"]["tokens_sha256"] = hashlib.sha256(

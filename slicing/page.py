@@ -1,0 +1,233 @@
+"""The report on a sliced checkpoint: one HTML page with nothing outside it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from transformers import AutoModelForCausalLM
+
+from sliceserve.slicing.architectures import Architecture, find_architecture
+from sliceserve.slicing.charts import Line, line_chart
+from sliceserve.slicing.checkpoint import (
+    SPECTRUM,
+    CheckpointSummary,
+    read_checkpoint_summary,
+    read_sliced_config,
+)
+from sliceserve.slicing.config import SlicedConfig
+from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.evaluation import Score, average, main_metric
+from sliceserve.slicing.finetune import HISTORY
+from sliceserve.slicing.modeling import ROTATION, expected_shapes
+from sliceserve.slicing.source import read_json_object
+
+TEMPLATES = Path(__file__).with_name("data")
+PLACES_SHOWN = 5
+DENSE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def write_report(directory: Path, results: Sequence[Path], output: Path) -> None:
+    """Write the report on a sliced checkpoint.
+
+    Args:
+        directory: the checkpoint.
+        results: files that `perplexity --json` and `evaluate --json` have printed.
+        output: the HTML file; replaced if it is there.
+
+    Raises:
+        UserError: not a sliced checkpoint, or a file that holds no results.
+
+    """
+    summary = read_checkpoint_summary(directory)
+    config = read_sliced_config(directory)
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    perplexities, evaluations = read_results(results)
+    page = environment.get_template("report.html.jinja").render(
+        summary=summary,
+        options=summary.provenance.get("options", {}),
+        source=summary.provenance.get("source", {}),
+        parts=parts_table(summary, config),
+        places=describe_widths(summary),
+        charts=spectrum_charts(directory, summary),
+        perplexities=perplexities,
+        evaluation=evaluation_rows(evaluations),
+        finetuning=finetuning_charts(directory),
+        provenance=flatten(summary.provenance),
+    )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = output.with_name(f".{output.name}.tmp")
+        temporary.write_text(page, "utf-8")
+        temporary.replace(output)
+    except OSError as error:
+        raise UserError(f"--output {str(output)!r} cannot be written: {error}") from error
+
+
+def read_results(files: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Read perplexities, and evaluations by model, from what the commands have printed.
+
+    Raises:
+        UserError: a file that holds neither.
+
+    """
+    perplexities: list[dict[str, Any]] = []
+    evaluations: dict[str, Any] = {}
+    for file in files:
+        fields = read_json_object(file)
+        if isinstance(fields.get("evaluation"), dict):
+            for model, scores in fields["evaluation"].items():
+                evaluations.setdefault(model, {}).update(
+                    {
+                        task: {metric: Score(**score) for metric, score in metrics.items()}
+                        for task, metrics in scores.items()
+                    }
+                )
+        elif "perplexity" in fields and "text" in fields:
+            perplexities.append(fields)
+        else:
+            raise UserError(
+                f"--results {str(file)!r} is not what `perplexity --json` or `evaluate --json` "
+                "prints"
+            )
+    return perplexities, evaluations
+
+
+def evaluation_rows(evaluations: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns and rows of the table of tasks, the last row their average."""
+    if not evaluations:
+        return {}
+    models = list(evaluations)
+    tasks = list(dict.fromkeys(task for scores in evaluations.values() for task in scores))
+    rows = []
+    for task in tasks:
+        metric = next(main_metric(s[task]) for s in evaluations.values() if task in s)
+        cells = [evaluations[model].get(task, {}).get(metric) for model in models]
+        rows.append((task, metric, cells))
+    if len(tasks) > 1 and all(scores.keys() >= set(tasks) for scores in evaluations.values()):
+        rows.append(("average", "", [average(evaluations[model]) for model in models]))
+    return {"models": models, "rows": rows}
+
+
+def part_of(name: str, architecture: Architecture) -> str:
+    """Return the part of the model that a parameter belongs to."""
+    if name.startswith(tuple(f"{path}." for path in architecture.tables)):
+        return "embedding"
+    if name.startswith(f"{architecture.head}."):
+        return "head"
+    if f".{ROTATION}." in name:
+        return "rotations"
+    if f".{architecture.attention}." in name:
+        return "attention"
+    norms = (architecture.final_norm, *(sublayer.norm for sublayer in architecture.sublayers))
+    return "norms" if any(f".{norm}." in f".{name}" for norm in norms) else "MLP"
+
+
+def parts_table(summary: CheckpointSummary, config: SlicedConfig) -> list[dict[str, Any]]:
+    """Count parameters and bytes by part, before and after; the last row is the sum."""
+    architecture = find_architecture(summary.slicing.architecture)
+    with init_empty_weights(include_buffers=False):
+        dense = AutoModelForCausalLM.from_config(config.base())
+    before = {name: parameter.numel() for name, parameter in dense.named_parameters()}
+    if sum(before.values()) != summary.dense_parameters:
+        # A tied head is stored with the embedding.
+        before.pop(f"{architecture.head}.weight", None)
+    after = {name: torch.Size(shape).numel() for name, shape in expected_shapes(config).items()}
+    stored = summary.provenance.get("source", {}).get("dtype", summary.dtype)
+    rows: list[dict[str, Any]] = []
+    for part in ("embedding", "attention", "MLP", "rotations", "norms", "head"):
+        counts = [
+            sum(n for name, n in numbers.items() if part_of(name, architecture) == part)
+            for numbers in (before, after)
+        ]
+        rows.append({"part": part, "before": counts[0], "after": counts[1]})
+    rows.append(
+        {"part": "total"} | {key: sum(row[key] for row in rows) for key in ("before", "after")}
+    )
+    for row in rows:
+        row["bytes_before"] = row["before"] * DENSE_BYTES[stored]
+        row["bytes_after"] = row["after"] * DENSE_BYTES[summary.dtype]
+    return rows
+
+
+def describe_widths(summary: CheckpointSummary) -> list[tuple[str, int]]:
+    """Return the widths, consecutive places of equal width together."""
+    result = []
+    first = 0
+    for width, group in groupby(summary.slicing.widths):
+        last = first + len(list(group)) - 1
+        result.append((f"{first} to {last}" if last > first else f"{first}", width))
+        first = last + 1
+    return result
+
+
+def spectrum_charts(directory: Path, summary: CheckpointSummary) -> list[Markup]:
+    """Draw the energy that slicing lost at each place, and the spectrum at some of them."""
+    if not (directory / SPECTRUM).exists():
+        return []
+    spectrum = np.load(directory / SPECTRUM).astype(np.float64)
+    widths = summary.slicing.widths[: len(spectrum)]
+    total = spectrum.sum(1)
+    kept = np.array([row[:width].sum() for row, width in zip(spectrum, widths, strict=True)])
+    lost = 1 - kept / total
+    shown = np.unique(np.linspace(0, len(spectrum) - 1, PLACES_SHOWN).round().astype(int))
+    lines = [
+        Line(f"place {place}", list(enumerate(spectrum[place] / total[place], start=1)))
+        for place in shown
+    ]
+    return [
+        line_chart(
+            [Line("lost", list(enumerate(lost)))],
+            "Share of the residual stream's energy that is deleted, by place",
+            "place in the residual stream",
+            "energy deleted",
+            log=bool(lost.min() > 0),
+        ),
+        line_chart(
+            lines,
+            "Spectrum of the residual stream at some places",
+            "direction, by falling energy",
+            "share of the energy",
+            log=True,
+            marker=(widths[0], f"kept: {widths[0]}"),
+        ),
+    ]
+
+
+def finetuning_charts(directory: Path) -> dict[str, Any]:
+    """Draw the loss curve of the last fine-tuning, if there was one."""
+    if not (directory / HISTORY).exists():
+        return {}
+    history = read_json_object(directory / HISTORY)
+    points = [(step["step"], step["loss"]) for step in history["steps"]]
+    chart = line_chart(
+        [Line("loss", points)], "Training loss by step", "step", "loss (nats a token)"
+    )
+    return history | {"chart": chart}
+
+
+def flatten(fields: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return nested fields as rows of a table."""
+    rows = []
+    for key, value in fields.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            rows += flatten(value, f"{name}.")
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            for number, item in enumerate(value, start=1):
+                rows += flatten(item, f"{name} {number}.")
+        else:
+            rows.append((name, value if isinstance(value, str) else json.dumps(value)))
+    return rows
