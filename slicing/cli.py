@@ -289,6 +289,8 @@ def slice_command(device: str | None, **options: object) -> int:
     print(describe(run.summary))
     print(f"{'took':<12} {run.stopwatch}")
     print(f"{'memory':<12} {run.peak_bytes / 1e9:.2f} GB at most, signals in {run.signals_home}")
+    if run.peak_gpu_bytes:
+        print(f"{'GPU memory':<12} {run.peak_gpu_bytes / 1e9:.2f} GB at most")
     return 0
 
 

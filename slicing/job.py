@@ -85,6 +85,7 @@ class SliceRun:
         stopwatch: where the time went.
         signals_home: where the calibration signals were kept.
         peak_bytes: the largest memory the process has held.
+        peak_gpu_bytes: allocated on the GPU at most; 0 on a CPU.
 
     """
 
@@ -92,6 +93,7 @@ class SliceRun:
     stopwatch: Stopwatch
     signals_home: str
     peak_bytes: int
+    peak_gpu_bytes: int
 
 
 def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
@@ -201,7 +203,8 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
         read_checkpoint_summary(staging)
         shutil.rmtree(progress.directory)
     summary = read_checkpoint_summary(options.output)
-    return SliceRun(summary, slicer.stopwatch, slicer.signals.home, peak_bytes())
+    peak_gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return SliceRun(summary, slicer.stopwatch, slicer.signals.home, peak_bytes(), peak_gpu)
 
 
 def check_positions(options: SliceOptions, model: DenseModel) -> None:
