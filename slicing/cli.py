@@ -30,6 +30,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see `{self.prog} --help`)")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults but for None: what that stands for is in the text."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; 2 for anything the user can mend."""
     try:
@@ -91,7 +98,7 @@ def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="delete a fraction of a model's hidden dimension and write the smaller model",
         description="Slice a model offline: the paper's algorithm (arXiv 2401.15024), dense "
         "weights out. The output directory appears only when it is complete.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.set_defaults(command=slice_command)
     parser.add_argument("model", metavar="MODEL", help="a directory, a hub id or a .gguf file")
@@ -147,7 +154,7 @@ def _add_perplexity(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="measure a dense or sliced model on a text",
         description="One stream of tokens, consecutive windows, no overlap; the mean is over "
         "predicted tokens.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.set_defaults(command=perplexity_command)
     parser.add_argument("model", metavar="MODEL_OR_DIR", help="a dense or a sliced model")
@@ -175,7 +182,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="compare models on the tasks of lm-evaluation-harness",
         description="Runs lm-evaluation-harness in this process and shows the models side by "
         "side, with standard errors.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.set_defaults(command=evaluate_command)
     parser.add_argument(
@@ -210,7 +217,7 @@ def _add_finetune(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="train a sliced model to recover what slicing has cost",
         description="Trains LoRA adapters (merged afterwards) or all parameters of a sliced "
         "checkpoint and writes a sliced checkpoint of the same shapes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.set_defaults(command=finetune_command)
     parser.add_argument("directory", type=Path, metavar="DIR", help="a sliced checkpoint")
