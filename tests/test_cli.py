@@ -206,15 +206,25 @@ def test_perplexity_agrees_with_transformers(
         loss = model(input_ids=windows, labels=windows).loss
     assert result["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-5)
     assert result["predicted_tokens"] == 3 * 99
-    through_vllm = subprocess.run(
-        [*COMMAND, *command, "--sequence-length", "100", "--samples", "3", "--backend", "vllm"],
+
+
+def test_perplexity_through_vllm_is_the_same(
+    tiny_sliced: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Some text of a few hundred bytes, repeated with care. " * 12)
+    command = ["perplexity", str(tiny_sliced), "--text", str(text), "--sequence-length", "100"]
+    assert main([*command, "--json"]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    result = subprocess.run(
+        [*COMMAND, *command, "--json", "--backend", "vllm"],
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
     )
-    assert through_vllm.returncode == 0, through_vllm.stderr
-    assert json.loads(through_vllm.stdout) == result | {
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == expected | {
         "backend": "vllm",
-        "perplexity": pytest.approx(result["perplexity"], rel=1e-3),
+        "perplexity": pytest.approx(expected["perplexity"], rel=1e-3),
     }
