@@ -123,11 +123,7 @@ def _add_perplexity(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--backend", choices=BACKENDS, default="transformers", help="what runs the model"
     )
-    parser.add_argument("--device", help="where to compute, for instance cuda:0 (a GPU if any)")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="to compute in (float32 on a CPU, else the model's)"
-    )
-    parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
+    _add_measuring(parser)
 
 
 def _add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -158,6 +154,11 @@ def _add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument("--limit", type=_positive, help="examples a task, from its start (all)")
     parser.add_argument("--batch-size", type=_positive, default=16, help="sequences at once")
+    _add_measuring(parser)
+
+
+def _add_measuring(parser: Parser) -> None:
+    """Add what all commands that measure a model share."""
     parser.add_argument("--device", help="where to compute, for instance cuda:0 (a GPU if any)")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="to compute in (float32 on a CPU, else the model's)"

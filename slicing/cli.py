@@ -50,6 +50,10 @@ def run(arguments: list[str]) -> int:
     try:
         with logging_redirect_tqdm([logger]):
             return command(**options)
+    except KeyboardInterrupt:
+        if options.get("resume"):
+            raise UserError("interrupted; the same command goes on where it stopped") from None
+        raise
     finally:
         logger.removeHandler(handler)
 
@@ -62,12 +66,7 @@ def slice_command(device: str | None, **options: object) -> int:
 
     quiet_transformers()
     chosen = SliceOptions(device=device or _default_device(), **options)  # type: ignore[arg-type]
-    try:
-        run = run_slice(chosen)
-    except KeyboardInterrupt:
-        if chosen.resume:
-            raise UserError("interrupted; the same command goes on where it stopped") from None
-        raise
+    run = run_slice(chosen)
     print(describe(run.summary))
     print(f"{'took':<12} {run.stopwatch}")
     print(f"{'memory':<12} {run.peak_bytes / 1e9:.2f} GB at most, signals in {run.signals_home}")
@@ -137,12 +136,7 @@ def finetune_command(device: str | None, **options: object) -> int:
 
     quiet_transformers()
     chosen = FinetuneOptions(device=device or _default_device(), **options)  # type: ignore[arg-type]
-    try:
-        run = run_finetune(chosen)
-    except KeyboardInterrupt:
-        if chosen.resume:
-            raise UserError("interrupted; the same command goes on where it stopped") from None
-        raise
+    run = run_finetune(chosen)
     print(describe(run.summary))
     print(
         f"{'perplexity':<12} {run.before:.2f} before, {run.after:.2f} after, on "

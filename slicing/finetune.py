@@ -30,12 +30,11 @@ from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.modeling import SlicedForCausalLM
 from sliceserve.slicing.parts import PartWriter, assemble_shards
 from sliceserve.slicing.perplexity import measure
-from sliceserve.slicing.progress import keep_job
+from sliceserve.slicing.progress import UNFINISHED, keep_job
 from sliceserve.slicing.source import Location, copy_tokenizer, load_tokenizer
 from sliceserve.slicing.weights import ShardReader, hash_files
 
 HISTORY = "finetuning.json"
-UNFINISHED = "unfinished"
 LEARNING_RATES = {"lora": 3e-4, "full": 1e-5}
 LORA_DROPOUT = 0.05
 APOLLO = "rank=64,proj=random,scale=1.0,scale_type=channel,update_proj_gap=200"

@@ -32,14 +32,13 @@ from sliceserve.slicing.errors import UserError, reason
 from sliceserve.slicing.memory import TOKENS_PER_BATCH, peak_bytes, signal_budget
 from sliceserve.slicing.modeling import expected_shapes
 from sliceserve.slicing.parts import PartWriter, assemble_shards, remove_shards
-from sliceserve.slicing.progress import Progress
+from sliceserve.slicing.progress import UNFINISHED, Progress
 from sliceserve.slicing.selftext import SELF, write_windows
 from sliceserve.slicing.slicer import Slicer, sliced_width
 from sliceserve.slicing.source import copy_tokenizer, load_tokenizer
 from sliceserve.slicing.stopwatch import Stopwatch
 
 METHOD = "SliceGPT (arXiv 2401.15024): sequential PCA, dense rotations, full-width head"
-UNFINISHED = "unfinished"
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)

@@ -30,7 +30,6 @@ from sliceserve.slicing.source import read_json_object
 
 TEMPLATES = Path(__file__).with_name("data")
 PLACES_SHOWN = 5
-DENSE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def write_report(directory: Path, results: Sequence[Path], output: Path) -> None:
@@ -157,8 +156,8 @@ def parts_table(summary: CheckpointSummary, config: SlicedConfig) -> list[dict[s
         {"part": "total"} | {key: sum(row[key] for row in rows) for key in ("before", "after")}
     )
     for row in rows:
-        row["bytes_before"] = row["before"] * DENSE_BYTES[stored]
-        row["bytes_after"] = row["after"] * DENSE_BYTES[summary.dtype]
+        row["bytes_before"] = row["before"] * getattr(torch, stored).itemsize
+        row["bytes_after"] = row["after"] * getattr(torch, summary.dtype).itemsize
     return rows
 
 

@@ -20,6 +20,7 @@ from sliceserve.slicing.source import read_json_object
 from sliceserve.slicing.weights import write_tensors
 
 STATE = "state.json"
+UNFINISHED = "unfinished"  # the directory of all this, in that of the output
 
 
 class Progress:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sliceserve.slicing import parts
 from sliceserve.slicing.cli import main
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.job import SliceOptions, run_slice
+from sliceserve.slicing.parts import part_path
 from sliceserve.slicing.progress import Progress
 from sliceserve.slicing.weights import write_tensors
 
@@ -82,7 +84,10 @@ def test_a_killed_run_goes_on(tiny: Path, tmp_path: Path, expected: dict[str, by
             time.sleep(0.001)
         os.kill(process.pid, signal.SIGKILL)
     assert not (tmp_path / "out").exists()
-    assert 1 <= len(json.loads(state.read_text())["part_bytes"]) <= PARTS
+    assert process.returncode == -signal.SIGKILL
+    for number, size in enumerate(json.loads(state.read_text())["part_bytes"]):
+        tensors = load_file(part_path(state.parent, number)).values()
+        assert sum(tensor.nbytes for tensor in tensors) == size, "a part noted must be whole"
     assert main([*arguments, "--resume"]) == 0
     assert contents(tmp_path / "out") == expected
 
