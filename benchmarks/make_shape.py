@@ -35,6 +35,7 @@ def main() -> int:
         dense,
         find_architecture("LlamaForCausalLM"),
         [width] * (2 * layers) + [hidden_size],
+        [None] * (2 * layers),
         parameters,
         "bfloat16",
     )

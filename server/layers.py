@@ -151,6 +151,7 @@ class SlicedDecoderLayer(nn.Module):
         vllm_config: VllmConfig,
         architecture: Architecture,
         widths: list[int],
+        ranks: list[int | None],
         shapes: Shapes,
         prefix: str,
     ) -> None:
@@ -160,6 +161,7 @@ class SlicedDecoderLayer(nn.Module):
             vllm_config: of the engine.
             architecture: the description of the base model.
             widths: of the stream, one entry per sublayer and one more.
+            ranks: of the rotations, one entry per sublayer.
             shapes: of all tensors of the checkpoint.
             prefix: the layer's path; its last part is its index.
 
@@ -170,22 +172,14 @@ class SlicedDecoderLayer(nn.Module):
         builder = LayerBuilder(vllm_config, architecture, shapes, prefix)
         self.architecture = architecture
         rotations: list[nn.Module] = []
-        for sublayer, width, next_width in zip(
-            architecture.sublayers, widths[:-1], widths[1:], strict=True
+        for sublayer, width, next_width, rank in zip(
+            architecture.sublayers, widths[:-1], widths[1:], ranks, strict=True
         ):
             self.add_module(sublayer.norm, sliced_norm(width, config.hidden_size, eps))
             for path in (path for branch in sublayer.branches for path in branch):
                 self._add(path, builder.build(path, sublayer))
-            # S is stored as a linear's weight [next_width, width]; no quantisation.
-            rotations.append(
-                ReplicatedLinear(
-                    width,
-                    next_width,
-                    bias=False,
-                    return_bias=False,
-                    prefix=f"{prefix}.residual_rotation.{len(rotations)}",
-                )
-            )
+            path = f"{prefix}.residual_rotation.{len(rotations)}"
+            rotations.append(make_rotation(width, next_width, rank, path))
         self.residual_rotation = nn.ModuleList(rotations)
 
     def _add(self, path: str, module: nn.Module) -> None:
@@ -214,6 +208,35 @@ class SlicedDecoderLayer(nn.Module):
                 # vLLM's linears return their bias as well.
                 x = result[0] if isinstance(result, tuple) else result
         return x
+
+
+class LowRankRotation(nn.Module):
+    """A rotation that turns few directions, x·S = x + (x·A)·B."""
+
+    def __init__(self, width: int, rank: int, prefix: str) -> None:
+        super().__init__()
+        self.down = _matrix(width, rank, f"{prefix}.down")
+        self.up = _matrix(rank, width, f"{prefix}.up")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate the stream: [tokens, width] to [tokens, width]."""
+        rotated: Tensor = x + self.up(self.down(x))
+        return rotated
+
+
+def make_rotation(width: int, next_width: int, rank: int | None, prefix: str) -> nn.Module:
+    """Make the rotation between two places: a matrix, a low-rank update, or (rank 0) nothing."""
+    if rank is None:
+        return _matrix(width, next_width, prefix)
+    return LowRankRotation(width, rank, prefix) if rank else nn.Identity()
+
+
+def _matrix(in_width: int, out_width: int, prefix: str) -> nn.Module:
+    # Stored as a linear's weight [out, in]; no quantisation.
+    linear: nn.Module = ReplicatedLinear(
+        in_width, out_width, bias=False, return_bias=False, prefix=prefix
+    )
+    return linear
 
 
 def sliced_norm(width: int, hidden_size: int, eps: float) -> RMSNorm:

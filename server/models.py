@@ -70,8 +70,9 @@ class SlicedModel(nn.Module):
 
         def make_layer(prefix: str) -> nn.Module:
             index = int(prefix.rsplit(".", 1)[1])
-            around = widths[index * step : (index + 1) * step + 1]
-            return SlicedDecoderLayer(vllm_config, architecture, around, shapes, prefix)
+            start, end = index * step, (index + 1) * step
+            around, between = widths[start : end + 1], slicing.ranks[start:end]
+            return SlicedDecoderLayer(vllm_config, architecture, around, between, shapes, prefix)
 
         self.start_layer, self.end_layer, self.layers = make_layers(
             config.num_hidden_layers, make_layer, prefix=maybe_prefix(prefix, "layers")
@@ -151,7 +152,7 @@ class SlicedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]  # vLLM is
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
                 config.vocab_size,
-                config.hidden_size,
+                config.description.widths[-1],
                 bias="lm_head.bias" in self.shapes,
                 quant_config=vllm_config.quant_config,
                 prefix=maybe_prefix(prefix, "lm_head"),

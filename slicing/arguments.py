@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from sliceserve.slicing.errors import UserError
 
+ROTATIONS = ("dense", "low-rank")
 METHODS = ("lora", "full")
 BACKENDS = ("transformers", "vllm")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -64,6 +65,20 @@ def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
         type=_fraction,
         default=0.25,
         help="of the hidden dimension to delete, in [0, 1); the parameters removed are fewer",
+    )
+    parser.add_argument(
+        "--rotation",
+        choices=ROTATIONS,
+        default="dense",
+        help="between neighbouring sublayers: whole matrices and a head of full width, as in the "
+        "paper, or bases aligned so that few directions turn, and a sliced head",
+    )
+    parser.add_argument(
+        "--rank",
+        type=_rank,
+        metavar="N|auto",
+        help="directions that a low-rank rotation turns; with as many as are deleted it is exact "
+        "(auto)",
     )
     parser.add_argument(
         "--calibration",
@@ -248,6 +263,15 @@ def _positive(text: str) -> int:
     return value
 
 
+def _rank(text: str) -> int | None:
+    if text == "auto":
+        return None
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
 def _rate(text: str) -> float:
     value = float(text)
     if not 0 < value < 1:
@@ -278,6 +302,7 @@ def _window(text: str) -> int:
 # argparse names a failed type by its function.
 _fraction.__name__ = "fraction"
 _positive.__name__ = "number"
+_rank.__name__ = "rank"
 _window.__name__ = "number"
 _bytes.__name__ = "size"
 _rate.__name__ = "rate"

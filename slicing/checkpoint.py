@@ -145,7 +145,7 @@ def read_sliced_config(directory: Path) -> SlicedConfig:
         )
     if fields.get("architectures") != [CAUSAL_LM]:
         raise UserError(f"config {str(path)!r} must name the architecture {CAUSAL_LM}")
-    parse_slicing(fields.get("slicing"), fields.get("num_hidden_layers"))
+    parse_slicing(*map(fields.get, ("slicing", "num_hidden_layers", "hidden_size")))
     with reading(f"config {str(path)!r}"):
         config: SlicedConfig = SlicedConfig.from_dict(fields)
         config.base()

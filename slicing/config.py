@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from sliceserve.slicing.architectures import Architecture, find_architecture
 from sliceserve.slicing.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MODEL_TYPE = "sliceserve"
 CAUSAL_LM = "SlicedForCausalLM"
 OWN_FIELDS = ("slicing", "architectures", "model_type", "transformers_version", "dtype")
@@ -21,8 +21,9 @@ class Slicing(BaseModel):
         format_version: the version of the checkpoint format.
         architecture: the class name of the dense model, for instance LlamaForCausalLM.
         base_model_type: its Transformers model type.
-        widths: columns kept at each place of the residual stream, in order; the last is the
-            dense hidden_size, because the head stays at full width.
+        widths: columns kept at each place of the residual stream, in order; the last is what the
+            head reads.
+        ranks: of the rotations between neighbouring places; 0 for none, None for a whole matrix.
         dense_parameters: parameters of the model as its user stored it (tied tables once).
 
     """
@@ -33,12 +34,18 @@ class Slicing(BaseModel):
     architecture: str
     base_model_type: str
     widths: list[int]
+    ranks: list[int | None]
     dense_parameters: int = Field(ge=1)
 
     @model_validator(mode="after")
     def _widths_are_possible(self) -> Self:
-        if not self.widths or min(self.widths) < 1 or max(self.widths) != self.widths[-1]:
-            raise ValueError("widths must be positive and none larger than the last")
+        if not self.widths or min(self.widths) < 1:
+            raise ValueError("widths must be positive")
+        if len(self.ranks) != len(self.widths) - 1:
+            raise ValueError(f"{len(self.widths)} widths need {len(self.widths) - 1} ranks")
+        for rank, width, following in zip(self.ranks, self.widths, self.widths[1:], strict=False):
+            if rank is not None and not (0 <= rank <= width == following):
+                raise ValueError(f"a rotation from {width} to {following} cannot have rank {rank}")
         if self.base_model_type not in CONFIG_MAPPING:
             raise ValueError(f"Transformers knows no base_model_type {self.base_model_type!r}")
         return self
@@ -66,7 +73,7 @@ class SlicedConfig(PreTrainedConfig):  # type: ignore[misc]  # Transformers is u
             UserError: the format is newer than this release, or a field is missing or impossible.
 
         """
-        return parse_slicing(self.slicing, self.num_hidden_layers)
+        return parse_slicing(self.slicing, self.num_hidden_layers, self.hidden_size)
 
     def base(self) -> PreTrainedConfig:
         """Return the config of the dense model, untied (a sliced embedding and head differ)."""
@@ -77,8 +84,8 @@ class SlicedConfig(PreTrainedConfig):  # type: ignore[misc]  # Transformers is u
         return config
 
 
-def parse_slicing(fields: Any, num_hidden_layers: Any) -> Slicing:
-    """Check the `slicing` object of a config.json against the number of layers.
+def parse_slicing(fields: Any, num_hidden_layers: Any, hidden_size: Any) -> Slicing:
+    """Check the `slicing` object of a config.json against the dense model's shape.
 
     Raises:
         UserError: the format is newer than this release, or a field is missing or impossible.
@@ -90,14 +97,23 @@ def parse_slicing(fields: Any, num_hidden_layers: Any) -> Slicing:
             f"checkpoint format {version} is newer than this release reads ({FORMAT_VERSION}): "
             "upgrade sliceserve"
         )
+    if version == 1 and isinstance(fields.get("widths"), list):
+        # All rotations were whole matrices.
+        fields = fields | {"ranks": [None] * (len(fields["widths"]) - 1)}
     try:
         slicing = Slicing.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, ("slicing", *first["loc"])))
         raise UserError(f"config.json is not a sliced model's: {where}: {first['msg']}") from error
-    if not isinstance(num_hidden_layers, int):
-        raise UserError(f"config.json: num_hidden_layers is {num_hidden_layers!r}, not a number")
+    for name, value in (("num_hidden_layers", num_hidden_layers), ("hidden_size", hidden_size)):
+        if not isinstance(value, int):
+            raise UserError(f"config.json: {name} is {value!r}, not a number")
+    if max(slicing.widths) > hidden_size:
+        raise UserError(
+            f"config.json lists a width of {max(slicing.widths)}, more than its hidden_size "
+            f"{hidden_size}"
+        )
     places = find_architecture(slicing.architecture).places(num_hidden_layers)
     if len(slicing.widths) != places:
         raise UserError(
@@ -111,6 +127,7 @@ def sliced_config(
     dense: PreTrainedConfig,
     architecture: Architecture,
     widths: list[int],
+    ranks: list[int | None],
     dense_parameters: int,
     dtype: str,
 ) -> SlicedConfig:
@@ -125,6 +142,7 @@ def sliced_config(
         architecture=architecture.causal_lm,
         base_model_type=dense.model_type,
         widths=widths,
+        ranks=ranks,
         dense_parameters=dense_parameters,
     )
     return SlicedConfig(

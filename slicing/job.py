@@ -24,7 +24,7 @@ from sliceserve.slicing.checkpoint import (
     read_checkpoint_summary,
     staged_directory,
 )
-from sliceserve.slicing.config import sliced_config
+from sliceserve.slicing.config import SlicedConfig, sliced_config
 from sliceserve.slicing.corpora import Corpus, read_corpus
 from sliceserve.slicing.dense import DenseModel, open_dense_model
 from sliceserve.slicing.devices import checked_device
@@ -33,12 +33,13 @@ from sliceserve.slicing.memory import TOKENS_PER_BATCH, peak_bytes, signal_budge
 from sliceserve.slicing.modeling import expected_shapes
 from sliceserve.slicing.parts import PartWriter, assemble_shards, remove_shards
 from sliceserve.slicing.progress import UNFINISHED, Progress
+from sliceserve.slicing.rotations import RankRule, auto_rank, fixed_rank
 from sliceserve.slicing.selftext import SELF, write_windows
-from sliceserve.slicing.slicer import Slicer, sliced_width
+from sliceserve.slicing.slicer import Slicer, signal_columns, sliced_width
 from sliceserve.slicing.source import copy_tokenizer, load_tokenizer
 from sliceserve.slicing.stopwatch import Stopwatch
 
-METHOD = "SliceGPT (arXiv 2401.15024): sequential PCA, dense rotations, full-width head"
+METHOD = "SliceGPT (arXiv 2401.15024): sequential PCA"
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,9 @@ class SliceOptions:
 
     Attributes:
         fraction: of hidden_size to delete, in [0, 1).
+        rotation: "dense" for whole matrices and a head of full width, as in the paper; "low-rank"
+            for aligned bases, rotations of low rank and a sliced head.
+        rank: of these; None takes what `rotations.auto_rank` says.
         calibration: the name of a text (see `corpora.read_corpus`), a file, or "self" for text
             that the dense model writes.
         samples: calibration windows.
@@ -64,6 +68,8 @@ class SliceOptions:
     model: str
     output: Path
     fraction: float = 0.25
+    rotation: str = "dense"
+    rank: int | None = None
     calibration: str = "wikitext2-excerpt"
     samples: int = 64
     sequence_length: int = 2048
@@ -105,6 +111,7 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
     if options.output.exists() or options.output.is_symlink():
         raise UserError(f"--output {str(options.output)!r} exists already")
     device = checked_device(options.device)
+    rank_rule = choose_rank_rule(options)
     corpus = None
     if options.calibration != SELF:
         corpus = read_corpus(options.calibration, "--calibration")
@@ -126,15 +133,20 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
         check_vocabulary(windows, model.config.vocab_size)
     dtype = getattr(torch, options.dtype) if options.dtype else model.dtype
     places = model.architecture.places(model.config.num_hidden_layers)
-    widths = [width] * (places - 1) + [hidden_size]
-    config = sliced_config(
-        model.config,
-        model.architecture,
-        widths,
-        model.parameters,
-        str(dtype).removeprefix("torch."),
-    )
-    numbers = sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
+    widths = [width] * (places - 1) + [width if rank_rule else hidden_size]
+
+    def config_with(ranks: list[int | None]) -> SlicedConfig:
+        return sliced_config(
+            model.config,
+            model.architecture,
+            widths,
+            ranks,
+            model.parameters,
+            str(dtype).removeprefix("torch."),
+        )
+
+    largest = config_with([None] * (places - 1))
+    numbers = sum(torch.Size(shape).numel() for shape in expected_shapes(largest).values())
     forward_dtype = torch.float32 if device.type == "cpu" else model.dtype
     signal_bytes = signal_budget(model, options.memory_limit, device, dtype)
     job = describe_job(options, corpus, forward_dtype)
@@ -149,7 +161,8 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
             hidden_size,
         )
     # The weights, and the signals three times: spilled, saved, and saved anew.
-    room = numbers * dtype.itemsize + 3 * tokens * hidden_size * forward_dtype.itemsize
+    columns = signal_columns(hidden_size, widths, rank_rule)
+    room = numbers * dtype.itemsize + 3 * tokens * columns * forward_dtype.itemsize
     with (
         staged_directory(options.output, room, options.resume) as staging,
         ThreadPoolExecutor(1) as hasher,
@@ -174,7 +187,14 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
             progress = Progress(unfinished, job_of_files)
             with PartWriter(unfinished, dtype) as writer:
                 slicer = Slicer(
-                    model, widths, writer, device, forward_dtype, signal_bytes, windows_per_batch
+                    model,
+                    widths,
+                    rank_rule,
+                    writer,
+                    device,
+                    forward_dtype,
+                    signal_bytes,
+                    windows_per_batch,
                 )
                 slicer.run(windows, progress, show_progress)
             return slicer, progress
@@ -182,7 +202,7 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
         slicer, progress = _within_memory(attempt, model, options, device)
         with slicer.stopwatch("writing"):
             assemble_shards(progress.directory, staging, progress.part_bytes)
-        config.save_pretrained(staging)
+        config_with(slicer.ranks).save_pretrained(staging)
         copy_tokenizer(model.location, staging)
         copy_generation_config(model, staging)
         np.save(staging / SPECTRUM, slicer.spectrum.numpy().astype(np.float32))
@@ -204,6 +224,20 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
     summary = read_checkpoint_summary(options.output)
     peak_gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return SliceRun(summary, slicer.stopwatch, slicer.signals.home, peak_bytes(), peak_gpu)
+
+
+def choose_rank_rule(options: SliceOptions) -> RankRule | None:
+    """Return how ranks are chosen; None for whole matrices.
+
+    Raises:
+        UserError: a rank is given for whole matrices.
+
+    """
+    if options.rotation == "dense":
+        if options.rank is not None:
+            raise UserError(f"--rank {options.rank} needs --rotation low-rank")
+        return None
+    return auto_rank if options.rank is None else fixed_rank(options.rank)
 
 
 def check_positions(options: SliceOptions, model: DenseModel) -> None:

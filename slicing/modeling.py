@@ -57,6 +57,27 @@ def resize_linear(
     model.set_submodule(path, new)
 
 
+class LowRankRotation(nn.Module):
+    """A rotation that turns few directions, x·S = x + (x·A)·B; Aᵀ and Bᵀ are its weights."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate the last axis: [..., width] to [..., width]."""
+        rotated: Tensor = x + self.up(self.down(x))
+        return rotated
+
+
+def make_rotation(width: int, next_width: int, rank: int | None) -> nn.Module:
+    """Make the rotation between two places: a matrix, a low-rank update, or (rank 0) nothing."""
+    if rank is None:
+        return nn.Linear(width, next_width, bias=False)
+    return LowRankRotation(width, rank) if rank else nn.Identity()
+
+
 class SlicedLayer(nn.Module):
     """A decoder layer on a stream that changes width: x ← x·S + Σ branch(norm(x)).
 
@@ -68,17 +89,28 @@ class SlicedLayer(nn.Module):
         dense: nn.Module,
         architecture: Architecture,
         widths: list[int],
+        ranks: list[int | None],
         hidden_size: int,
         eps: float,
     ) -> None:
-        """Take over the modules of `dense`; `widths` has one entry per sublayer and one more."""
+        """Take over the modules of `dense`.
+
+        Args:
+            dense: a decoder layer.
+            architecture: its description.
+            widths: of the stream, one entry per sublayer and one more.
+            ranks: of the rotations, one entry per sublayer.
+            hidden_size: of the dense model.
+            eps: the epsilon of the dense norms.
+
+        """
         super().__init__()
         self.architecture = architecture
         for name, child in dense.named_children():
             self.add_module(name, child)
         rotations = []
-        for sublayer, width, next_width in zip(
-            architecture.sublayers, widths[:-1], widths[1:], strict=True
+        for sublayer, width, next_width, rank in zip(
+            architecture.sublayers, widths[:-1], widths[1:], ranks, strict=True
         ):
             shifted = has_shift(self.get_submodule(sublayer.norm))
             self.set_submodule(sublayer.norm, SlicedNorm(width, hidden_size, eps))
@@ -86,7 +118,7 @@ class SlicedLayer(nn.Module):
                 resize_linear(self, path, in_features=width, bias=shifted)
             for path in sublayer.writes:
                 resize_linear(self, path, out_features=next_width)
-            rotations.append(nn.Linear(width, next_width, bias=False))
+            rotations.append(make_rotation(width, next_width, rank))
         self.residual_rotation = nn.ModuleList(rotations)
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
@@ -127,7 +159,14 @@ class SlicedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         architecture = find_architecture(slicing.architecture)
         base_config = config.base()
         base = AutoModelForCausalLM.from_config(base_config, dtype=torch.get_default_dtype())
-        resize_model(base, architecture, slicing.widths, architecture.epsilon(config))
+        resize_model(
+            base,
+            architecture,
+            slicing.widths,
+            slicing.ranks,
+            config.hidden_size,
+            architecture.epsilon(config),
+        )
         for name, child in base.named_children():
             self.add_module(name, child)
         self.head_path = architecture.head
@@ -171,7 +210,12 @@ class SlicedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
 
 def resize_model(
-    model: nn.Module, architecture: Architecture, widths: list[int], eps: float
+    model: nn.Module,
+    architecture: Architecture,
+    widths: list[int],
+    ranks: list[int | None],
+    hidden_size: int,
+    eps: float,
 ) -> None:
     """Give a dense model of `architecture` the shapes of a sliced one, in place; no weights kept.
 
@@ -179,10 +223,12 @@ def resize_model(
         model: a dense model, on any device (meta too).
         architecture: its description.
         widths: columns at each place of the residual stream.
+        ranks: of the rotations between them.
+        hidden_size: of the dense model.
         eps: the epsilon of the dense norms.
 
     """
-    hidden_size, step = widths[-1], len(architecture.sublayers)
+    step = len(architecture.sublayers)
     for path in architecture.tables:
         # In place: a table of positions has a class of its own.
         table: Any = model.get_submodule(path)
@@ -190,11 +236,13 @@ def resize_model(
         table.weight = nn.Parameter(table.weight.new_empty(table.num_embeddings, widths[0]))
     layers: Any = model.get_submodule(architecture.layers)
     for index, layer in enumerate(layers):
-        around = widths[index * step : (index + 1) * step + 1]
-        layers[index] = SlicedLayer(layer, architecture, around, hidden_size, eps)
+        start, end = index * step, (index + 1) * step
+        layers[index] = SlicedLayer(
+            layer, architecture, widths[start : end + 1], ranks[start:end], hidden_size, eps
+        )
     shifted = has_shift(model.get_submodule(architecture.final_norm))
-    model.set_submodule(architecture.final_norm, SlicedNorm(hidden_size, hidden_size, eps))
-    resize_linear(model, architecture.head, bias=shifted)
+    model.set_submodule(architecture.final_norm, SlicedNorm(widths[-1], hidden_size, eps))
+    resize_linear(model, architecture.head, in_features=widths[-1], bias=shifted)
 
 
 def expected_shapes(config: SlicedConfig) -> dict[str, tuple[int, ...]]:

@@ -24,13 +24,16 @@ def as_fields(summary: CheckpointSummary) -> dict[str, Any]:
 def describe(summary: CheckpointSummary) -> str:
     """Return a summary in a few lines."""
     slicing = summary.slicing
-    *inner, hidden_size = slicing.widths
-    widths = ", ".join(f"{width} at {count} places" for width, count in Counter(inner).items())
+    widths = ", ".join(
+        f"{width} at {count} {'place' if count == 1 else 'places'}"
+        for width, count in Counter(slicing.widths).items()
+    )
     rotations = summary.rotation_parameters / summary.sliced_parameters
     lines = {
         "checkpoint": f"{summary.directory} (format {slicing.format_version}, {summary.dtype})",
         "base": slicing.architecture,
-        "width": f"{widths} of the residual stream, {hidden_size} before the head",
+        "width": f"{widths} of the residual stream",
+        "rotations": describe_ranks(slicing.ranks),
         "parameters": f"{summary.sliced_parameters:,}, {summary.ratio:.1%} of the dense "
         f"{summary.dense_parameters:,} (rotations {rotations:.1%} of the sliced)",
         "on disk": f"{summary.bytes / 1e6:,.1f} MB",
@@ -45,3 +48,13 @@ def describe(summary: CheckpointSummary) -> str:
     if summary.ratio >= 1:
         lines["note"] = "not smaller than the dense model: rotations and an untied head outweigh it"
     return "\n".join(f"{name:<12} {text}" for name, text in lines.items())
+
+
+def describe_ranks(ranks: list[int | None]) -> str:
+    """Say of what rank the rotations are."""
+    low = [rank for rank in ranks if rank is not None]
+    parts = [f"{len(ranks) - len(low)} whole matrices"] if len(low) < len(ranks) else []
+    if low:
+        spread = f"{min(low)} to {max(low)}, {sum(low) / len(low):.1f} on average"
+        parts.append(f"{len(low)} of rank {low[0] if len(set(low)) == 1 else spread}")
+    return ", ".join(parts)

@@ -2,8 +2,8 @@
 
 Every place of the residual stream gets a basis U: the principal directions of the signal there,
 taken with everything before it sliced already. Linears that read the stream become W·diag(g)·U,
-those that write it UᵀW, and the stream itself moves from one place to the next by S = UᵀU′.
-The head keeps its full width: the last writers and the last S lead back to all columns.
+those that write it UᵀW, and the stream itself moves from one place to the next by S = UᵀU′. Where
+the last place keeps all columns, its basis is the identity, and the head stays as it was.
 """
 
 import logging
@@ -25,6 +25,7 @@ from sliceserve.slicing.moments import SecondMoment, numerical_rank, principal_b
 from sliceserve.slicing.parts import PartWriter
 from sliceserve.slicing.progress import Progress
 from sliceserve.slicing.recording import Contexts, record
+from sliceserve.slicing.rotations import RankRule, align
 from sliceserve.slicing.signals import Signals, make_signals
 from sliceserve.slicing.stopwatch import Stopwatch
 
@@ -59,6 +60,7 @@ class Slicer:
         self,
         model: DenseModel,
         widths: list[int],
+        rank_rule: RankRule | None,
         writer: PartWriter,
         device: torch.device,
         dtype: torch.dtype,
@@ -69,7 +71,9 @@ class Slicer:
 
         Args:
             model: the dense model; weights are read layer by layer.
-            widths: columns to keep at each place; the last is hidden_size.
+            widths: columns to keep at each place.
+            rank_rule: says how many directions the rotation between two places of equal width
+                turns; None keeps rotations whole.
             writer: takes the sliced weights as they are done.
             device: where layers run.
             dtype: of the forward pass; moments, bases and rotations are float64 throughout.
@@ -79,6 +83,9 @@ class Slicer:
         """
         self.model = model
         self.widths = widths
+        self.rank_rule = rank_rule
+        self.hidden_size = int(model.config.hidden_size)
+        self.ranks: list[int | None] = []
         self.writer = writer
         self.device = device
         self.dtype = dtype
@@ -86,7 +93,7 @@ class Slicer:
         self.windows_per_batch = windows_per_batch
         self.stopwatch = Stopwatch(device)
         self.basis = torch.empty(0)
-        self.spectrum = torch.empty(0, self.widths[-1], dtype=torch.float64)
+        self.spectrum = torch.empty(0, self.hidden_size, dtype=torch.float64)
         final_norm = model.skeleton.get_submodule(model.architecture.final_norm)
         self.centred = isinstance(final_norm, nn.LayerNorm)
         self.layers: Any = model.skeleton.get_submodule(model.architecture.layers)
@@ -96,15 +103,16 @@ class Slicer:
     def run(self, windows: Tensor, progress: Progress, show_progress: bool = True) -> None:
         """Slice the model with calibration tokens [samples, sequence_length], from where it stands.
 
-        Afterwards `spectrum` holds the eigenvalues of the stream's second moment at all places but
-        the last, [places - 1, hidden_size], float64, falling.
+        Afterwards `ranks` holds what the rule gave, and `spectrum` the eigenvalues of the stream's
+        second moment, falling, float64 [places, hidden_size], but for a last place that is whole.
 
         Raises:
             UserError: the dense model holds or gives values that are not finite.
 
         """
         batches = _split(windows, self.windows_per_batch)
-        capacities = [batch.numel() * self.widths[-1] for batch in batches]
+        columns = signal_columns(self.hidden_size, self.widths, self.rank_rule)
+        capacities = [batch.numel() * columns for batch in batches]
         spill = progress.directory / "spilled.bin"
         self.signals = make_signals(capacities, self.dtype, self.device, self.signal_bytes, spill)
         count, steps = len(self.layers), len(self.model.architecture.sublayers) * len(batches)
@@ -128,6 +136,7 @@ class Slicer:
             if done > 0:
                 state = progress.tensors()
                 self.basis, self.spectrum = state["basis"].to(self.device), state["spectrum"]
+                self.ranks = [None if rank < 0 else rank for rank in state["ranks"].tolist()]
             first = max(0, done - 1)
             ahead = loader.submit(self._read_layer, first) if first < count else None
             for index in range(count):
@@ -149,7 +158,8 @@ class Slicer:
             progress.finish_part(self.writer.write(count + 1), self._state())
 
     def _state(self) -> dict[str, Tensor]:
-        return {"basis": self.basis, "spectrum": self.spectrum}
+        ranks = [-1 if rank is None else rank for rank in self.ranks]
+        return {"basis": self.basis, "spectrum": self.spectrum, "ranks": torch.tensor(ranks)}
 
     def _read(self, name: str) -> Tensor:
         """Read a tensor on the CPU; there must be no NaN or infinity in it."""
@@ -169,7 +179,7 @@ class Slicer:
 
     def _norm(self, path: str, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return a norm's scale g and shift, [hidden_size] in float64."""
-        scale = torch.ones(self.widths[-1], dtype=torch.float64, device=self.device)
+        scale = torch.ones(self.hidden_size, dtype=torch.float64, device=self.device)
         if f"{path}.weight" in weights:
             scale = self._wide(weights[f"{path}.weight"])
         shift = weights.get(f"{path}.bias")
@@ -188,7 +198,7 @@ class Slicer:
     def _start(self, batches: list[Tensor]) -> list[Contexts]:
         """Find the first basis, slice the embedding tables E to E·U and start the signals."""
         architecture = self.model.architecture
-        moment = SecondMoment(self.widths[-1], self.device)
+        moment = SecondMoment(self.hidden_size, self.device)
 
         def take(index: int, stream: Tensor) -> None:
             wide = self._centre(stream)
@@ -197,7 +207,8 @@ class Slicer:
 
         with self.stopwatch("embedding"):
             contexts = record(self.model, batches, self.device, self.dtype, take)
-        self._rotate_signals(moment, 0)
+        self.basis = self._principal_basis(moment, 0)
+        self._rotate_signals()
         with self.stopwatch("rotating weights"):
             for path in architecture.tables:
                 table = self._read(f"{path}.weight")
@@ -217,7 +228,11 @@ class Slicer:
         prefix, step = f"{architecture.layers}.{index}", len(architecture.sublayers)
         widths = self.widths[index * step : (index + 1) * step + 1]
         eps = architecture.epsilon(self.model.config)
-        layer = SlicedLayer(self.layers[index], architecture, widths, self.widths[-1], eps).eval()
+        # Rotations are done here, on the signals.
+        ranks: list[int | None] = [0] * step
+        layer = SlicedLayer(
+            self.layers[index], architecture, widths, ranks, self.hidden_size, eps
+        ).eval()
         norms = tuple(f"{sublayer.norm}." for sublayer in architecture.sublayers)
         rotated = {
             f"{path}."
@@ -232,8 +247,7 @@ class Slicer:
         for number, sublayer in enumerate(architecture.sublayers):
             with self.stopwatch("rotating weights"):
                 self._rotate_readers(layer, sublayer, weights, widths[number], prefix)
-            before = self.basis
-            self._advance(
+            rotation = self._advance(
                 partial(_branches, layer, sublayer, contexts), index * step + number + 1, advance
             )
             with self.stopwatch("rotating weights"):
@@ -244,7 +258,8 @@ class Slicer:
                     if (bias := weights.pop(f"{path}.bias", None)) is not None:
                         narrow = self._centre(self._wide(bias)) @ self.basis
                         self.writer.add(f"{prefix}.{path}.bias", narrow)
-                self.writer.add(f"{prefix}.{ROTATION}.{number}.weight", self.basis.T @ before)
+                for name, weight in rotation.items():
+                    self.writer.add(f"{prefix}.{ROTATION}.{number}.{name}", weight)
 
     def _rotate_readers(
         self,
@@ -255,7 +270,7 @@ class Slicer:
         prefix: str,
     ) -> None:
         scale, shift = self._norm(sublayer.norm, weights)
-        rescaled = scale * (self.widths[-1] / width) ** 0.5
+        rescaled = scale * (self.hidden_size / width) ** 0.5
         for path in sublayer.reads:
             weight, bias = weights.pop(f"{path}.weight"), weights.pop(f"{path}.bias", None)
             sliced = {"weight": self._by_rows(weight, lambda rows: rows * rescaled @ self.basis)}
@@ -270,43 +285,63 @@ class Slicer:
 
     def _advance(
         self, branches: Callable[[Tensor], Tensor], place: int, advance: Callable[[], Any]
-    ) -> None:
+    ) -> dict[str, Tensor]:
         """Move the signals to the next place of the stream and find the basis there.
 
         x·Uᵀ + Σ branch(norm(x)) has all hidden_size columns; its principal basis is the next U.
+
+        Returns:
+            The weights of the rotation that leads there, by their names.
+
         """
-        last = place == len(self.widths) - 1
-        hidden_size = self.widths[-1]
-        lift = self.basis.T.to(self.dtype)
-        moment = SecondMoment(hidden_size, self.device)
+        before, width, rule = self.basis, self.widths[place], self.rank_rule
+        whole = place == len(self.widths) - 1 and width == self.hidden_size
+        low_rank = rule is not None and not whole and self.widths[place - 1] == width
+        lift = before.T.to(self.dtype)
+        moment = SecondMoment(self.hidden_size, self.device)
         for index in range(len(self.signals)):
             with self.stopwatch("signals"):
                 x = self.signals[index].to(self.device)
             with self.stopwatch("forward"):
                 wide = self._centre(x @ lift + branches(x))
-            if not last:
+            if not whole:
                 with self.stopwatch("moments"):
                     moment.add(wide)
             with self.stopwatch("signals"):
-                self.signals[index] = wide
+                # What a rotation of low rank leaves out depends on where the stream was.
+                self.signals[index] = torch.cat([wide, x], dim=-1) if low_rank else wide
             advance()
-        if last:
-            self.basis = torch.eye(hidden_size, dtype=torch.float64, device=self.device)
-            return
-        self._rotate_signals(moment, place)
+        if whole:
+            self.basis = torch.eye(self.hidden_size, dtype=torch.float64, device=self.device)
+        else:
+            self.basis = self._principal_basis(moment, place)
+        if rule is None or not low_rank:
+            self.ranks.append(None)
+            if not whole:
+                self._rotate_signals()
+            return {"weight": self.basis.T @ before}
+        with self.stopwatch("eigenvectors"):
+            alignment = align(before, self.basis)
+        self.basis = alignment.basis
+        # No more than the deleted directions can turn.
+        rank = min(rule(alignment.cosines), self.hidden_size - width)
+        self.ranks.append(rank)
+        self._rotate_signals(alignment.neglected(rank))
+        down, up = alignment.factors(rank)
+        return {"down.weight": down.T, "up.weight": up.T} if rank else {}
 
-    def _rotate_signals(self, moment: SecondMoment, place: int) -> None:
-        """Find the basis of a place from the moment there, and move the signals into it."""
+    def _principal_basis(self, moment: SecondMoment, place: int) -> Tensor:
+        """Find the principal basis of a place from the moment there."""
         if not moment.sum.isfinite().all():
             raise UserError(
                 f"MODEL gives values that are not finite at place {place} of its residual "
                 f"stream: its weights are corrupt or overflow in {self.dtype}"
             )
         with self.stopwatch("eigenvectors"):
-            self.basis, spectrum = principal_basis(moment.sum, self.widths[place], self.centred)
+            basis, spectrum = principal_basis(moment.sum, self.widths[place], self.centred)
             self.spectrum = torch.cat([self.spectrum, spectrum.cpu().unsqueeze(0)])
         # Centring empties one direction.
-        possible = min(self.widths[place], self.widths[-1] - self.centred)
+        possible = min(self.widths[place], self.hidden_size - self.centred)
         if (rank := numerical_rank(self.spectrum[-1])) < possible:
             logger.warning(
                 "at place %d the calibration signal has rank %d and %d directions are kept: some "
@@ -315,13 +350,29 @@ class Slicer:
                 rank,
                 self.widths[place],
             )
+        return basis
+
+    def _rotate_signals(self, neglected: tuple[Tensor, Tensor] | None = None) -> None:
+        """Move the signals into the basis of the place where they are.
+
+        Args:
+            neglected: factors of the part of the rotation that the sliced model leaves out; the
+                signals hold the columns they had before as well.
+
+        """
         narrow = self.basis.to(self.dtype)
+        if neglected is not None:
+            down, up = (factor.to(self.dtype) for factor in neglected)
         with self.stopwatch("signals"):
             for index in range(len(self.signals)):
-                self.signals[index] = self.signals[index].to(self.device) @ narrow
+                signal = self.signals[index].to(self.device)
+                rotated = signal[..., : self.hidden_size] @ narrow
+                if neglected is not None:
+                    rotated -= signal[..., self.hidden_size :] @ down @ up
+                self.signals[index] = rotated
 
     def _fold_head(self) -> None:
-        """Fold the final norm into the head: H·diag(g) at full width, and its shift as a bias."""
+        """Fold the final norm into the head, H·diag(g)·U, and its shift as a bias."""
         architecture = self.model.architecture
         names = dict(self.model.skeleton.named_parameters())
         path = architecture.final_norm
@@ -330,7 +381,14 @@ class Slicer:
         name, bias = f"{architecture.head}.weight", f"{architecture.head}.bias"
         table = self._read(name)
         with self.stopwatch("rotating weights"):
-            self.writer.add(name, self._by_rows(table, lambda rows: rows * scale))
+            narrow = None
+            if self.widths[-1] < self.hidden_size:
+                narrow = self.basis * (self.hidden_size / self.widths[-1]) ** 0.5
+
+            def fold(rows: Tensor) -> Tensor:
+                return rows * scale if narrow is None else rows * scale @ narrow
+
+            self.writer.add(name, self._by_rows(table, fold))
             offset = self._wide(self._read(bias)) if bias in names else None
             if shift is not None:
                 folded = self._by_rows(table, lambda rows: rows @ shift)
@@ -356,6 +414,11 @@ class Slicer:
         path, _, leaf = name.rpartition(".")
         parameter = nn.Parameter(weight.to(self.device).to(self.dtype), requires_grad=False)
         setattr(layer.get_submodule(path), leaf, parameter)
+
+
+def signal_columns(hidden_size: int, widths: list[int], rank_rule: RankRule | None) -> int:
+    """Return the most columns that a calibration signal has between two places."""
+    return hidden_size if rank_rule is None else hidden_size + max(widths)
 
 
 def one_of_each_size(batches: list[Tensor]) -> list[Tensor]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+HEAD_NORMS = {"phi": "final_layernorm", "opt": "final_layer_norm"}
+
 
 def exact_norms(model: nn.Module) -> nn.Module:
     """Put in PyTorch's own RMSNorm: that of Transformers computes in float32 whatever comes."""
@@ -25,10 +27,13 @@ class Reference:
     """A dense model whose residual stream is projected at each place on its main directions.
 
     The places: what enters a layer and, unless attention and MLP are parallel, what attention
-    leaves. LayerNorms remove the mean of the stream, so it is removed before the projection.
+    leaves, and with `head` what the final norm
+    reads. LayerNorms remove the mean of the stream, so it is removed before the projection.
     """
 
-    def __init__(self, directory: str, width: int, layers: str, parallel: bool) -> None:
+    def __init__(
+        self, directory: str, width: int, layers: str, parallel: bool, head: bool = False
+    ) -> None:
         dense = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
         self.model: Any = exact_norms(dense.eval())
         self.width = width
@@ -37,6 +42,18 @@ class Reference:
         stack = self.model.get_submodule(layers)
         self.centred = any(isinstance(module, nn.LayerNorm) for module in stack.modules())
         self.places = len(stack) * (1 if parallel else 2)
+        if head:
+            norm = (
+                layers.rpartition(".")[0]
+                + "."
+                + HEAD_NORMS.get(self.model.config.model_type, "norm")
+            )
+
+            def before_head(_norm: nn.Module, args: Any) -> Any:
+                return self._project(args[0], self.places - 1)
+
+            self.model.get_submodule(norm).register_forward_pre_hook(before_head)
+            self.places += 1
         entering = torch.empty(0)
 
         def enter(place: int) -> Any:

@@ -136,16 +136,29 @@ def test_a_disk_without_room_is_refused_before_work(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_refused(copy: Path) -> None:
-    change_slicing(copy, format_version=2)
-    with pytest.raises(UserError, match="format 2 is newer than this release reads"):
+    change_slicing(copy, format_version=3)
+    with pytest.raises(UserError, match="format 3 is newer than this release reads"):
         read_checkpoint_summary(copy)
+
+
+def test_format_1_has_whole_matrices_only(copy: Path) -> None:
+    path = copy / "config.json"
+    config = json.loads(path.read_text())
+    config["slicing"]["format_version"] = 1
+    assert config["slicing"].pop("ranks") == [None] * 6
+    path.write_text(json.dumps(config))
+    assert read_checkpoint_summary(copy).slicing.ranks == [None] * 6
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"widths": [64, 64]}, "lists 2 widths where 3 layers have 7 places"),
+        ({"widths": [64, 64], "ranks": [0]}, "lists 2 widths where 3 layers have 7 places"),
         ({"widths": [64] * 6 + [-1]}, "widths must be positive"),
+        ({"widths": [64] * 6 + [97]}, "a width of 97, more than its hidden_size 96"),
+        ({"ranks": [None] * 5}, "7 widths need 6 ranks"),
+        ({"ranks": [None] * 5 + [3]}, "from 64 to 96 cannot have rank 3"),
+        ({"ranks": [65] + [None] * 5}, "from 64 to 64 cannot have rank 65"),
         ({"extra": 1}, "slicing.extra"),
         ({"architecture": "BertModel"}, "architecture 'BertModel' is not supported"),
         ({"base_model_type": "lama"}, "knows no base_model_type 'lama'"),

@@ -14,6 +14,7 @@ from sliceserve.slicing.dense import open_dense_model
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.parts import PartWriter, assemble_shards
 from sliceserve.slicing.progress import Progress
+from sliceserve.slicing.rotations import RankRule, auto_rank, fixed_rank
 from sliceserve.slicing.slicer import Slicer, sliced_width
 
 IDS = torch.randint(0, 256, (6, 48), generator=torch.Generator().manual_seed(3))
@@ -26,6 +27,7 @@ def slice_to(
     widths: list[int],
     dtype: torch.dtype,
     signal_bytes: int = 10**9,
+    rank_rule: RankRule | None = None,
 ) -> Any:
     """Slice with everything in `dtype` and load the result with Transformers."""
     output.mkdir()
@@ -33,7 +35,7 @@ def slice_to(
     exact_norms(model.skeleton)
     progress = Progress(output / "unfinished", {})
     writer = PartWriter(progress.directory, dtype)
-    slicer = Slicer(model, widths, writer, torch.device("cpu"), dtype, signal_bytes, 2)
+    slicer = Slicer(model, widths, rank_rule, writer, torch.device("cpu"), dtype, signal_bytes, 2)
     slicer.run(IDS, progress, show_progress=False)
     assert slicer.signals.home == ("memory of cpu" if signal_bytes else "a file")
     assert [name for name, p in model.skeleton.named_parameters() if not p.is_meta] == [], (
@@ -41,10 +43,13 @@ def slice_to(
     )
     assemble_shards(progress.directory, output, progress.part_bytes, merged_bytes=100_000)
     name = str(dtype).removeprefix("torch.")
-    sliced_config(model.config, model.architecture, widths, model.parameters, name).save_pretrained(
-        output
+    config = sliced_config(
+        model.config, model.architecture, widths, slicer.ranks, model.parameters, name
     )
-    return exact_norms(AutoModelForCausalLM.from_pretrained(output, dtype=dtype).eval())
+    config.save_pretrained(output)
+    sliced = exact_norms(AutoModelForCausalLM.from_pretrained(output, dtype=dtype).eval())
+    sliced.calibration_signals = torch.cat([slicer.signals[i] for i in range(len(slicer.signals))])
+    return sliced
 
 
 @torch.no_grad()
@@ -83,6 +88,36 @@ def test_slicing_agrees_with_an_independent_implementation(name: str, tmp_path: 
     expected = reference.logits(fresh)
     assert (expected - unsliced).abs().max() > 0.1, "slicing must cost something"
     assert_close(logits(sliced, fresh), expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_low_rank_rotations_are_exact_at_the_rank_of_what_is_deleted(
+    name: str, tmp_path: Path
+) -> None:
+    config = CONFIGS[name]
+    dense = save_tiny(tmp_path / "dense", config, torch.float64)
+    layers = "model.decoder.layers" if name == "opt" else "model.layers"
+    reference = Reference(str(dense), width=72, layers=layers, parallel=name == "phi", head=True)
+    reference.calibrate(IDS)
+    widths = [72] * (places_of(config) + 1)
+    deleted = config.hidden_size - 72
+    sliced = slice_to(
+        dense, tmp_path / "sliced", widths, torch.float64, rank_rule=fixed_rank(deleted)
+    )
+    assert sliced.config.slicing["ranks"] == [deleted] * places_of(config)
+    fresh = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(4))
+    assert_close(logits(sliced, fresh), reference.logits(fresh), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("rule", [fixed_rank(0), fixed_rank(5), auto_rank])
+def test_calibration_sees_what_the_sliced_model_computes(rule: RankRule, tmp_path: Path) -> None:
+    """What a rotation leaves out must be missing from the signals too."""
+    dense = save_tiny(tmp_path / "dense", tiny_config(), torch.float64)
+    sliced = slice_to(dense, tmp_path / "sliced", [72] * 7, torch.float64, rank_rule=rule)
+    seen = []
+    sliced.model.norm.register_forward_pre_hook(lambda _norm, args: seen.append(args[0]))
+    logits(sliced)
+    assert_close(seen[0], sliced.calibration_signals, rtol=0, atol=1e-9)
 
 
 def test_signals_in_a_file_give_the_same_weights(tiny: Path, tmp_path: Path) -> None:

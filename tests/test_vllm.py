@@ -116,13 +116,20 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         directories[name] = work / "sliced"
         options = SliceOptions(str(dense), work / "sliced", samples=8, sequence_length=64)
         run_slice(options, show_progress=False)
+    for name, rank in (("llama-tied", 4), ("opt", None)):
+        dense = directories[name].with_name("dense")
+        directories[f"{name}-low-rank"] = output = directories[name].with_name("low-rank")
+        options = SliceOptions(
+            str(dense), output, rotation="low-rank", rank=rank, samples=8, sequence_length=64
+        )
+        run_slice(options, show_progress=False)
     return directories
 
 
 @pytest.mark.parametrize(
     ("names", "options"),
     [
-        pytest.param([*OTHER_CONFIGS], EAGER, id="eager"),
+        pytest.param([*OTHER_CONFIGS, "llama-tied-low-rank", "opt-low-rank"], EAGER, id="eager"),
         pytest.param(["phi"], EAGER | {"tensor_parallel_size": 2}, id="phi-tp2"),
         pytest.param(["opt"], {"pipeline_parallel_size": 2}, id="opt-pp2-compiled"),
     ],

@@ -1,0 +1,73 @@
+"""Rotations between neighbouring places of the residual stream, made nearly free.
+
+Inside the kept space of a place any orthonormal basis will do: it folds into the weights. Chosen by
+the polar factor of U_sᵀU_{s+1} (orthogonal Procrustes), the rotation S = U_sᵀU_{s+1} is symmetric,
+P·Σ·Pᵀ, with the cosines of the principal angles between the two spaces in Σ. Two d-dimensional
+spaces of R^D share at least 2d - D directions, where the cosine is 1, so I - S has rank D - d at
+most, and x·S = x + (x·A)·B with A = P_r and B = -(I - Σ_r)·P_rᵀ: exact at r = D - d, and at less
+with the directions left alone that turn least.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RANK_TOLERANCE = 0.02  # of a cosine, for `auto_rank`
+
+RankRule = Callable[[Tensor], int]  # from the cosines, rising, to the directions to turn
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """A basis aligned with the one before it.
+
+    Attributes:
+        basis: U_{s+1}, [hidden_size, width].
+        directions: P, [width, width], those that turn most first.
+        cosines: Σ, [width], rising.
+
+    """
+
+    basis: Tensor
+    directions: Tensor
+    cosines: Tensor
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return A [width, rank] and B [rank, width] of x·S ≈ x + (x·A)·B."""
+        return _factors(self.directions[:, :rank], self.cosines[:rank])
+
+    def neglected(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return the factors of what a rotation of this rank leaves out."""
+        return _factors(self.directions[:, rank:], self.cosines[rank:])
+
+
+def align(before: Tensor, after: Tensor) -> Alignment:
+    """Turn the basis `after` within its space towards `before`.
+
+    Args:
+        before: U_s, [hidden_size, width], orthonormal columns.
+        after: any orthonormal basis of the next space, [hidden_size, width].
+
+    """
+    left, cosines, right = torch.linalg.svd(before.T @ after)
+    return Alignment(after @ (left @ right).T, left.flip(-1), cosines.clamp(max=1).flip(-1))
+
+
+def fixed_rank(rank: int) -> RankRule:
+    """Turn `rank` directions, or all that can turn if these are fewer."""
+
+    def rule(cosines: Tensor) -> int:
+        return min(rank, len(cosines))
+
+    return rule
+
+
+def auto_rank(cosines: Tensor) -> int:
+    """Turn the directions whose cosine is below 1 by more than `RANK_TOLERANCE`."""
+    return int((1 - cosines > RANK_TOLERANCE).sum())
+
+
+def _factors(directions: Tensor, cosines: Tensor) -> tuple[Tensor, Tensor]:
+    return directions, (cosines - 1).unsqueeze(1) * directions.T
