@@ -22,12 +22,12 @@ from sliceserve.slicing.perplexity import load_model, measure
 from sliceserve.slicing.source import load_tokenizer, locate, quiet_transformers
 
 
-class BlockMoment(SecondMoment):
-    """Each batch's product in float32, the sum over batches in float64."""
+class ExactMoment(SecondMoment):
+    """Products and sum in float64."""
 
     def add(self, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1]).float()
-        self.sum += rows.T @ rows
+        rows = x.reshape(-1, x.shape[-1]).double()
+        self._lower.addmm_(rows.T, rows)
 
 
 class SingleMoment(SecondMoment):
@@ -35,10 +35,10 @@ class SingleMoment(SecondMoment):
 
     def add(self, x: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1]).float()
-        self.sum.copy_(self.sum.float().addmm_(rows.T, rows))
+        self._lower.copy_(self._lower.float().addmm_(rows.T, rows))
 
 
-MOMENTS = {"float64": SecondMoment, "float32 blocks": BlockMoment, "float32": SingleMoment}
+MOMENTS = {"float64": ExactMoment, "float32 products": SecondMoment, "float32": SingleMoment}
 
 
 def main() -> None:

@@ -215,8 +215,8 @@ class LowRankRotation(nn.Module):
 
     def __init__(self, width: int, rank: int, prefix: str) -> None:
         super().__init__()
-        self.down = _matrix(width, rank, f"{prefix}.down")
-        self.up = _matrix(rank, width, f"{prefix}.up")
+        self.down = plain_linear(width, rank, f"{prefix}.down")
+        self.up = plain_linear(rank, width, f"{prefix}.up")
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate the stream: [tokens, width] to [tokens, width]."""
@@ -227,12 +227,12 @@ class LowRankRotation(nn.Module):
 def make_rotation(width: int, next_width: int, rank: int | None, prefix: str) -> nn.Module:
     """Make the rotation between two places: a matrix, a low-rank update, or (rank 0) nothing."""
     if rank is None:
-        return _matrix(width, next_width, prefix)
+        return plain_linear(width, next_width, prefix)
     return LowRankRotation(width, rank, prefix) if rank else nn.Identity()
 
 
-def _matrix(in_width: int, out_width: int, prefix: str) -> nn.Module:
-    # Stored as a linear's weight [out, in]; no quantisation.
+def plain_linear(in_width: int, out_width: int, prefix: str) -> nn.Module:
+    """Make a linear [out_width, in_width] without bias, the same on all ranks, never quantised."""
     linear: nn.Module = ReplicatedLinear(
         in_width, out_width, bias=False, return_bias=False, prefix=prefix
     )

@@ -24,9 +24,9 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
-from sliceserve.server.layers import Shapes, SlicedDecoderLayer, sliced_norm
+from sliceserve.server.layers import Shapes, SlicedDecoderLayer, plain_linear, sliced_norm
 from sliceserve.slicing.architectures import find_architecture
-from sliceserve.slicing.modeling import expected_shapes
+from sliceserve.slicing.modeling import HEAD_MAP, expected_shapes
 from sliceserve.slicing.weights import compare_shapes
 
 # Checkpoints carry the base model's names; vLLM's modules have one name for all architectures.
@@ -56,7 +56,8 @@ class SlicedModel(nn.Module):
         widths, step = slicing.widths, len(architecture.sublayers)
         eps = architecture.epsilon(config)
         self.position_offset = architecture.position_offset
-        if get_pp_group().is_first_rank:
+        tied_here = config.tie_word_embeddings and get_pp_group().is_last_rank
+        if get_pp_group().is_first_rank or tied_here:
             self.embed_tokens = VocabParallelEmbedding(
                 config.vocab_size, widths[0], quant_config=vllm_config.quant_config
             )
@@ -148,17 +149,21 @@ class SlicedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]  # vLLM is
         self.model = SlicedModel(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), shapes=self.shapes
         )
+        widths = config.description.widths
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
                 config.vocab_size,
-                config.description.widths[-1],
+                widths[0] if config.tie_word_embeddings else widths[-1],
                 bias="lm_head.bias" in self.shapes,
                 quant_config=vllm_config.quant_config,
                 prefix=maybe_prefix(prefix, "lm_head"),
             )
+            if config.tie_word_embeddings:
+                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+                self.head_map = plain_linear(widths[-1], widths[0], HEAD_MAP)
         else:
-            self.lm_head = PPMissingLayer()
+            self.lm_head = self.head_map = PPMissingLayer()
         self.logits_processor = LogitsProcessor(config.vocab_size)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -177,6 +182,8 @@ class SlicedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]  # vLLM is
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return the logits [tokens, vocab], gathered over the tensor-parallel ranks."""
+        if self.config.tie_word_embeddings:
+            hidden_states = self.head_map(hidden_states)
         bias = self.lm_head.bias if "lm_head.bias" in self.shapes else None
         logits: Tensor | None = self.logits_processor(self.lm_head, hidden_states, bias)
         return logits

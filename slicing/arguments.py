@@ -8,7 +8,9 @@ from typing import NoReturn
 
 from sliceserve.slicing.errors import UserError
 
-ROTATIONS = ("dense", "low-rank")
+ROTATIONS = ("dense", "low-rank", "shared")
+BASES = ("pca", "output-aware")
+REFITS = ("none", "output", "full")
 METHODS = ("lora", "full")
 BACKENDS = ("transformers", "vllm")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -51,8 +53,8 @@ def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = commands.add_parser(
         "slice",
         help="delete a fraction of a model's hidden dimension and write the smaller model",
-        description="Slice a model offline: the paper's algorithm (arXiv 2401.15024), dense "
-        "weights out. The output directory appears only when it is complete.",
+        description="Slice a model offline: SliceGPT (arXiv 2401.15024), dense weights "
+        "out; the paper's own form is --rotation dense --basis pca --refit none. The output directory appears only when it is complete.",
         formatter_class=HelpFormatter,
     )
     parser.set_defaults(command="slice")
@@ -61,24 +63,45 @@ def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--output", type=Path, required=True, metavar="DIR", help="directory to make"
     )
     parser.add_argument(
+        "--target-params",
+        type=_share,
+        metavar="SHARE",
+        help="of the model's parameters to keep, rotations and head included, in (0, 1]; picks "
+        "the width",
+    )
+    parser.add_argument(
         "--fraction",
         type=_fraction,
-        default=0.25,
-        help="of the hidden dimension to delete, in [0, 1); the parameters removed are fewer",
+        help="instead, of the hidden dimension to delete, in [0, 1); the parameters removed are "
+        "fewer (0.25)",
     )
     parser.add_argument(
         "--rotation",
         choices=ROTATIONS,
-        default="dense",
+        default="low-rank",
         help="between neighbouring sublayers: whole matrices and a head of full width, as in the "
-        "paper, or bases aligned so that few directions turn, and a sliced head",
+        "paper; bases aligned so that few directions turn; or one basis for all and no rotation",
     )
     parser.add_argument(
         "--rank",
         type=_rank,
         metavar="N|auto",
-        help="directions that a low-rank rotation turns; with as many as are deleted it is exact "
-        "(auto)",
+        help="directions that a low-rank rotation turns; with as many as are deleted it is exact; "
+        "auto takes those whose cosine is below 0.98 (a 36th of hidden_size)",
+    )
+    parser.add_argument(
+        "--basis",
+        choices=BASES,
+        default="output-aware",
+        help="directions to keep: those of the largest signal, as in the paper, or of signal and "
+        "gradient of the loss together",
+    )
+    parser.add_argument(
+        "--refit",
+        choices=REFITS,
+        default="output",
+        help="weights to fit to the dense model's signals: none, as in the paper; those that write "
+        "the residual stream, and the head; or those that read it too",
     )
     parser.add_argument(
         "--calibration",
@@ -96,6 +119,11 @@ def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--seed", type=int, default=0, help="chooses the windows")
     parser.add_argument("--device", help="where to compute, for instance cuda:0 (a GPU if any)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights written (the model's)")
+    parser.add_argument(
+        "--compute-dtype",
+        choices=DTYPES,
+        help="that layers run in (the model's; on a CPU that does not multiply bfloat16, float32)",
+    )
     parser.add_argument(
         "--memory-limit",
         type=_bytes,
@@ -263,9 +291,16 @@ def _positive(text: str) -> int:
     return value
 
 
-def _rank(text: str) -> int | None:
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return value
+
+
+def _rank(text: str) -> int | str:
     if text == "auto":
-        return None
+        return text
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
@@ -303,6 +338,7 @@ def _window(text: str) -> int:
 _fraction.__name__ = "fraction"
 _positive.__name__ = "number"
 _rank.__name__ = "rank"
+_share.__name__ = "share"
 _window.__name__ = "number"
 _bytes.__name__ = "size"
 _rate.__name__ = "rate"

@@ -13,7 +13,7 @@ import torch
 
 from sliceserve.slicing.config import CAUSAL_LM, MODEL_TYPE, SlicedConfig, Slicing, parse_slicing
 from sliceserve.slicing.errors import UserError, reading
-from sliceserve.slicing.modeling import ROTATION, expected_shapes
+from sliceserve.slicing.modeling import HEAD_MAP, ROTATION, expected_shapes
 from sliceserve.slicing.source import read_json_object
 from sliceserve.slicing.weights import ShardReader, check_shapes
 
@@ -28,7 +28,7 @@ class CheckpointSummary:
     Attributes:
         slicing: the `slicing` object of its config.
         sliced_parameters: numbers stored, rotations and head included.
-        rotation_parameters: those of the residual rotations alone.
+        rotation_parameters: those of the residual rotations, and of the map before a tied head.
         bytes: of all files of the directory.
         dtype: of the stored weights.
         provenance: how it was made.
@@ -174,7 +174,9 @@ def read_checkpoint_summary(directory: Path) -> CheckpointSummary:
         directory=directory,
         slicing=config.description,
         sliced_parameters=sum(sizes.values()),
-        rotation_parameters=sum(n for name, n in sizes.items() if f".{ROTATION}." in name),
+        rotation_parameters=sum(
+            n for name, n in sizes.items() if f".{ROTATION}." in name or name.startswith(HEAD_MAP)
+        ),
         bytes=sum(file.stat().st_size for file in directory.iterdir() if file.is_file()),
         dtype=str(dtype).removeprefix("torch."),
         provenance=read_json_object(provenance) if provenance.exists() else {},

@@ -76,8 +76,9 @@ class SlicedConfig(PreTrainedConfig):  # type: ignore[misc]  # Transformers is u
         return parse_slicing(self.slicing, self.num_hidden_layers, self.hidden_size)
 
     def base(self) -> PreTrainedConfig:
-        """Return the config of the dense model, untied (a sliced embedding and head differ)."""
+        """Return the config of the dense model, untied: the sliced model ties its head itself."""
         fields = {k: v for k, v in self.to_dict().items() if k not in OWN_FIELDS}
+        fields["tie_word_embeddings"] = False
         config = CONFIG_MAPPING[self.description.base_model_type](**fields)
         config.architectures = [self.description.architecture]
         config._attn_implementation = self._attn_implementation
@@ -130,12 +131,13 @@ def sliced_config(
     ranks: list[int | None],
     dense_parameters: int,
     dtype: str,
+    tied: bool = False,
 ) -> SlicedConfig:
     """Make the config of a sliced model from that of the dense one."""
     fields = dense.to_dict()
     for name in (*OWN_FIELDS, "_name_or_path", "quantization_config"):
         fields.pop(name, None)
-    fields["tie_word_embeddings"] = False
+    fields["tie_word_embeddings"] = tied
     fields["head_dim"] = head_dim(dense)
     slicing = Slicing(
         format_version=FORMAT_VERSION,

@@ -23,6 +23,21 @@ def checked_device(name: str) -> torch.device:
     return device
 
 
+def layers_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """Return the dtype that layers run in: on a GPU, or a CPU that multiplies bfloat16, the stored.
+
+    Other CPUs are no faster in it than in float32.
+    """
+    if device.type == "cpu" and not (stored == torch.bfloat16 and _multiplies_bfloat16()):
+        return torch.float32
+    return stored
+
+
+def _multiplies_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities()  # type: ignore[no-untyped-call]
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
 @contextmanager
 def within_memory(device: torch.device) -> Iterator[None]:
     """Turn a GPU that runs out of memory into one sentence.

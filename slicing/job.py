@@ -24,22 +24,22 @@ from sliceserve.slicing.checkpoint import (
     read_checkpoint_summary,
     staged_directory,
 )
-from sliceserve.slicing.config import SlicedConfig, sliced_config
 from sliceserve.slicing.corpora import Corpus, read_corpus
 from sliceserve.slicing.dense import DenseModel, open_dense_model
-from sliceserve.slicing.devices import checked_device
+from sliceserve.slicing.devices import checked_device, layers_dtype
 from sliceserve.slicing.errors import UserError, reason
+from sliceserve.slicing.layers import DenseLayers
 from sliceserve.slicing.memory import TOKENS_PER_BATCH, peak_bytes, signal_budget
-from sliceserve.slicing.modeling import expected_shapes
 from sliceserve.slicing.parts import PartWriter, assemble_shards, remove_shards
 from sliceserve.slicing.progress import UNFINISHED, Progress
-from sliceserve.slicing.rotations import RankRule, auto_rank, fixed_rank
 from sliceserve.slicing.selftext import SELF, write_windows
-from sliceserve.slicing.slicer import Slicer, signal_columns, sliced_width
+from sliceserve.slicing.shape import choose_shape
+from sliceserve.slicing.slicer import Slicer
 from sliceserve.slicing.source import copy_tokenizer, load_tokenizer
 from sliceserve.slicing.stopwatch import Stopwatch
+from sliceserve.slicing.survey import GRADIENT_WINDOWS, Survey
 
-METHOD = "SliceGPT (arXiv 2401.15024): sequential PCA"
+METHOD = "SliceGPT (arXiv 2401.15024)"
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -50,16 +50,23 @@ class SliceOptions:
     """What to slice and how; the fields are the options of `sliceserve slice`.
 
     Attributes:
-        fraction: of hidden_size to delete, in [0, 1).
+        target_params: parameters to keep, rotations and head included, as a share of the model's
+            as it is stored; picks the width. None takes the fraction.
+        fraction: of hidden_size to delete, in [0, 1); None takes `shape.FRACTION`.
         rotation: "dense" for whole matrices and a head of full width, as in the paper; "low-rank"
-            for aligned bases, rotations of low rank and a sliced head.
-        rank: of these; None takes what `rotations.auto_rank` says.
+            for aligned bases and rotations of low rank; "shared" for one basis and no rotations.
+        rank: of low-rank rotations; "auto" takes what `rotations.auto_rank` says, None
+            `rotations.default_rank`.
+        basis: "pca" of the residual stream, or "output-aware", which looks at gradients as well.
+        refit: "none"; "output" for linears that write the stream, and the head; "full" for those
+            that read it too.
         calibration: the name of a text (see `corpora.read_corpus`), a file, or "self" for text
             that the dense model writes.
         samples: calibration windows.
         sequence_length: tokens in a window.
         round_to: the width kept is a multiple of this.
         dtype: of the stored weights; None keeps the source's (bfloat16 for a GGUF file).
+        compute_dtype: that layers run in; None takes what `devices.layers_dtype` says.
         memory_limit: bytes of host memory; None takes most of what is available.
         resume: keep what is unfinished when the run ends early, and go on from it.
 
@@ -67,9 +74,12 @@ class SliceOptions:
 
     model: str
     output: Path
-    fraction: float = 0.25
-    rotation: str = "dense"
-    rank: int | None = None
+    target_params: float | None = None
+    fraction: float | None = None
+    rotation: str = "low-rank"
+    rank: int | str | None = None
+    basis: str = "output-aware"
+    refit: str = "output"
     calibration: str = "wikitext2-excerpt"
     samples: int = 64
     sequence_length: int = 2048
@@ -77,8 +87,14 @@ class SliceOptions:
     seed: int = 0
     device: str = "cpu"
     dtype: str | None = None
+    compute_dtype: str | None = None
     memory_limit: int | None = None
     resume: bool = False
+
+    @property
+    def surveys(self) -> bool:
+        """Whether bases come from a survey of the dense model; the paper's come as it is sliced."""
+        return (self.rotation, self.basis, self.refit) != ("dense", "pca", "none")
 
 
 @dataclass(frozen=True)
@@ -111,13 +127,12 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
     if options.output.exists() or options.output.is_symlink():
         raise UserError(f"--output {str(options.output)!r} exists already")
     device = checked_device(options.device)
-    rank_rule = choose_rank_rule(options)
+    check_options(options)
     corpus = None
     if options.calibration != SELF:
         corpus = read_corpus(options.calibration, "--calibration")
     model = open_dense_model(options.model)
     hidden_size = model.config.hidden_size
-    width = sliced_width(hidden_size, options.fraction, options.round_to)
     tokenizer = load_tokenizer(model.location)
     check_positions(options, model)
     windows = None
@@ -132,22 +147,10 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
         )
         check_vocabulary(windows, model.config.vocab_size)
     dtype = getattr(torch, options.dtype) if options.dtype else model.dtype
-    places = model.architecture.places(model.config.num_hidden_layers)
-    widths = [width] * (places - 1) + [width if rank_rule else hidden_size]
-
-    def config_with(ranks: list[int | None]) -> SlicedConfig:
-        return sliced_config(
-            model.config,
-            model.architecture,
-            widths,
-            ranks,
-            model.parameters,
-            str(dtype).removeprefix("torch."),
-        )
-
-    largest = config_with([None] * (places - 1))
-    numbers = sum(torch.Size(shape).numel() for shape in expected_shapes(largest).values())
-    forward_dtype = torch.float32 if device.type == "cpu" else model.dtype
+    shape = choose_shape(options, model, dtype)
+    forward_dtype = layers_dtype(device, model.dtype)
+    if options.compute_dtype:
+        forward_dtype = getattr(torch, options.compute_dtype)
     signal_bytes = signal_budget(model, options.memory_limit, device, dtype)
     job = describe_job(options, corpus, forward_dtype)
     files = {file.name: [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in model.files}
@@ -160,9 +163,8 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
             tokens,
             hidden_size,
         )
-    # The weights, and the signals three times: spilled, saved, and saved anew.
-    columns = signal_columns(hidden_size, widths, rank_rule)
-    room = numbers * dtype.itemsize + 3 * tokens * columns * forward_dtype.itemsize
+    room = shape.parameters * dtype.itemsize
+    room += kept_on_disk(options, model, tokens, forward_dtype)
     with (
         staged_directory(options.output, room, options.resume) as staging,
         ThreadPoolExecutor(1) as hasher,
@@ -184,25 +186,24 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
             )
 
         def attempt(model: DenseModel, windows_per_batch: int) -> tuple[Slicer, Progress]:
+            stopwatch = Stopwatch(device)
+            layers = DenseLayers(model, device, forward_dtype)
+            survey = None
+            if options.surveys:
+                directory = unfinished / "survey"
+                survey_progress = Progress(directory, job_of_files)
+                survey = Survey(layers, shape.survey_plan(options), survey_progress, stopwatch)
+                survey.run(windows, windows_per_batch, signal_bytes, show_progress)
             progress = Progress(unfinished, job_of_files)
             with PartWriter(unfinished, dtype) as writer:
-                slicer = Slicer(
-                    model,
-                    widths,
-                    rank_rule,
-                    writer,
-                    device,
-                    forward_dtype,
-                    signal_bytes,
-                    windows_per_batch,
-                )
-                slicer.run(windows, progress, show_progress)
+                slicer = Slicer(layers, shape.slice_plan(options), survey, writer, stopwatch)
+                slicer.run(windows, windows_per_batch, signal_bytes, progress, show_progress)
             return slicer, progress
 
         slicer, progress = _within_memory(attempt, model, options, device)
         with slicer.stopwatch("writing"):
             assemble_shards(progress.directory, staging, progress.part_bytes)
-        config_with(slicer.ranks).save_pretrained(staging)
+        shape.config(slicer.ranks).save_pretrained(staging)
         copy_tokenizer(model.location, staging)
         copy_generation_config(model, staging)
         np.save(staging / SPECTRUM, slicer.spectrum.numpy().astype(np.float32))
@@ -226,18 +227,38 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
     return SliceRun(summary, slicer.stopwatch, slicer.signals.home, peak_bytes(), peak_gpu)
 
 
-def choose_rank_rule(options: SliceOptions) -> RankRule | None:
-    """Return how ranks are chosen; None for whole matrices.
+def check_options(options: SliceOptions) -> None:
+    """Check that the options go together.
 
     Raises:
-        UserError: a rank is given for whole matrices.
+        UserError: they do not.
 
     """
-    if options.rotation == "dense":
-        if options.rank is not None:
-            raise UserError(f"--rank {options.rank} needs --rotation low-rank")
-        return None
-    return auto_rank if options.rank is None else fixed_rank(options.rank)
+    if options.target_params is not None and options.fraction is not None:
+        raise UserError("--target-params and --fraction both say how much to keep: give one")
+    if options.rank is not None and options.rotation != "low-rank":
+        raise UserError(f"--rank {options.rank} needs --rotation low-rank")
+    if options.rank == "auto" and options.target_params is not None:
+        raise UserError("--target-params needs a number as --rank, not 'auto'")
+    if options.refit != "none" and options.samples < 2:
+        raise UserError(f"--samples {options.samples} leaves none to fit on beside the held out")
+
+
+def kept_on_disk(
+    options: SliceOptions, model: DenseModel, tokens: int, forward_dtype: torch.dtype
+) -> int:
+    """Estimate the bytes on disk beside the weights: signals, what a survey finds and its tape."""
+    hidden_size = int(model.config.hidden_size)
+    signal = tokens * hidden_size * forward_dtype.itemsize
+    streams = 1 if options.refit == "none" else 2
+    # Spilled, saved, and saved anew.
+    needed = 3 * streams * signal
+    if options.surveys:
+        places = model.architecture.places(model.config.num_hidden_layers)
+        needed += 2 * places * hidden_size**2 * 8
+        share = min(1.0, GRADIENT_WINDOWS / options.samples)
+        needed += int(share * signal * model.config.num_hidden_layers)
+    return needed
 
 
 def check_positions(options: SliceOptions, model: DenseModel) -> None:
@@ -283,8 +304,6 @@ def _within_memory(
             windows_per_batch // 2,
         )
         windows_per_batch //= 2
-        # The modules of the model that has failed are taken apart.
-        model = open_dense_model(options.model)
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -10,10 +10,10 @@ import torch
 
 from sliceserve.slicing.dense import DenseModel
 from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.moments import ROWS_PER_PRODUCT
 
 AVAILABLE_SHARE = 0.8
 TOKENS_PER_BATCH = 4096
-ROWS_PER_PRODUCT = 4096
 
 
 def peak_bytes() -> int:

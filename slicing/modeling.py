@@ -14,6 +14,7 @@ from sliceserve.slicing.architectures import Architecture, Sublayer, find_archit
 from sliceserve.slicing.config import SlicedConfig, register_config
 
 ROTATION = "residual_rotation"  # of a layer: one rotation a sublayer
+HEAD_MAP = "head_map"  # before a head that is the embedding's table
 
 
 class SlicedNorm(nn.Module):
@@ -55,6 +56,21 @@ def resize_linear(
         dtype=old.weight.dtype,
     )
     model.set_submodule(path, new)
+
+
+def branch_outputs(
+    layer: nn.Module, architecture: Architecture, sublayer: Sublayer, x: Tensor, context: Any
+) -> list[Tensor]:
+    """Return branch(norm(x)) for each branch of a sublayer of a dense or sliced layer."""
+    normed = layer.get_submodule(sublayer.norm)(x)
+    outputs = []
+    for chain in sublayer.branches:
+        y = normed
+        for path in chain:
+            module = layer.get_submodule(path)
+            y = module(y, **context)[0] if path == architecture.attention else module(y)
+        outputs.append(y)
+    return outputs
 
 
 class LowRankRotation(nn.Module):
@@ -131,15 +147,8 @@ class SlicedLayer(nn.Module):
 
     def branches(self, sublayer: Sublayer, hidden_states: Tensor, context: Any) -> Tensor:
         """Return Σ branch(norm(x)): what the sublayer adds to the stream."""
-        normed = self.get_submodule(sublayer.norm)(hidden_states)
-        outputs = [self._chain(chain, normed, context) for chain in sublayer.branches]
+        outputs = branch_outputs(self, self.architecture, sublayer, hidden_states, context)
         return sum(outputs[1:], start=outputs[0])
-
-    def _chain(self, chain: tuple[str, ...], x: Tensor, context: Any) -> Tensor:
-        for path in chain:
-            module = self.get_submodule(path)
-            x = module(x, **context)[0] if path == self.architecture.attention else module(x)
-        return x
 
 
 class SlicedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -170,6 +179,13 @@ class SlicedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         for name, child in base.named_children():
             self.add_module(name, child)
         self.head_path = architecture.head
+        if config.tie_word_embeddings:
+            self.add_module(HEAD_MAP, nn.Linear(slicing.widths[-1], slicing.widths[0], bias=False))
+            table: Any = self.get_submodule(architecture.tokens)
+            self.get_output_embeddings().weight = table.weight
+            self._tied_weights_keys = {
+                f"{architecture.head}.weight": f"{architecture.tokens}.weight"
+            }
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -194,7 +210,10 @@ class SlicedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """Return the logits [batch, positions, vocab] and, with labels, the mean loss in nats."""
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.get_submodule(self.head_path)(outputs.last_hidden_state[:, kept])
+        stream = outputs.last_hidden_state[:, kept]
+        if self.config.tie_word_embeddings:
+            stream = self.get_submodule(HEAD_MAP)(stream)
+        logits = self.get_submodule(self.head_path)(stream)
         loss = None
         if labels is not None:
             loss = self.loss_function(

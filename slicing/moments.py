@@ -1,24 +1,50 @@
 """Second moments of the residual stream and their principal bases, in float64.
 
-Float32 here costs 0.4 to 1.8 perplexity on Llama-2-7B (SliceGPT, table 4).
+Float32 throughout costs 0.4 to 1.8 perplexity on Llama-2-7B (SliceGPT, table 4). Sums and eigenvectors
+are float64; products of some thousand rows may be float32 (`benchmarks/moments.py`).
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 DAMPING = 0.01
+ROWS_PER_PRODUCT = 4096
+BLOCKS = 4
+
+
+def product_rows(x: Tensor) -> Iterator[Tensor]:
+    """Give the rows of x, [..., columns], for products to be summed: some thousand at a time.
+
+    In float64, or in float32 on a CPU, which is faster in it, if x is not float64.
+    """
+    wide = x.device.type != "cpu" or x.dtype == torch.float64
+    for rows in x.reshape(-1, x.shape[-1]).split(ROWS_PER_PRODUCT):
+        yield rows.to(torch.float64 if wide else torch.float32)
 
 
 class SecondMoment:
     """The uncentred second moment C = Σ xxᵀ of rows x, accumulated in float64."""
 
     def __init__(self, hidden_size: int, device: torch.device) -> None:
-        self.sum = torch.zeros(hidden_size, hidden_size, dtype=torch.float64, device=device)
+        self._lower = torch.zeros(hidden_size, hidden_size, dtype=torch.float64, device=device)
+        self._columns = -(-hidden_size // BLOCKS)
 
     def add(self, x: Tensor) -> None:
         """Add the rows of x, [..., hidden_size]."""
-        rows = x.reshape(-1, x.shape[-1]).to(torch.float64)
-        self.sum.addmm_(rows.T, rows)
+        size = len(self._lower)
+        for rows in product_rows(x):
+            # C is symmetric: blocks of columns from the diagonal down are five eighths of it.
+            for start in range(0, size, self._columns):
+                block = slice(start, min(start + self._columns, size))
+                self._lower[start:, block] += rows[:, start:].T @ rows[:, block]
+
+    @property
+    def sum(self) -> Tensor:
+        """C, [hidden_size, hidden_size]."""
+        lower = self._lower.tril(-1)
+        return lower + lower.T + self._lower.diagonal().diag()
 
 
 def principal_basis(moment: Tensor, width: int, centred: bool) -> tuple[Tensor, Tensor]:

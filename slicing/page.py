@@ -25,7 +25,7 @@ from sliceserve.slicing.config import SlicedConfig
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.evaluation import Score, average, main_metric
 from sliceserve.slicing.finetune import HISTORY
-from sliceserve.slicing.modeling import ROTATION, expected_shapes
+from sliceserve.slicing.modeling import HEAD_MAP, ROTATION, expected_shapes
 from sliceserve.slicing.source import read_json_object
 
 TEMPLATES = Path(__file__).with_name("data")
@@ -124,7 +124,7 @@ def part_of(name: str, architecture: Architecture) -> str:
     """Return the part of the model that a parameter belongs to."""
     if name.startswith(tuple(f"{path}." for path in architecture.tables)):
         return "embedding"
-    if name.startswith(f"{architecture.head}."):
+    if name.startswith((f"{architecture.head}.", f"{HEAD_MAP}.")):
         return "head"
     if f".{ROTATION}." in name:
         return "rotations"

@@ -47,48 +47,50 @@ class Progress:
         self.directory = directory
         self.part_bytes: list[int] = []
         self._job = json.loads(json.dumps(job))
-        self._window: list[int] = []
+        self._windows: list[list[int]] = []
         if (directory / STATE).exists():
             state = read_json_object(directory / STATE)
             _compare(state["job"], self._job, directory.parent)
-            self.part_bytes, self._window = state["part_bytes"], state["window"]
+            self.part_bytes, self._windows = state["part_bytes"], state["windows"]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors kept at the place reached."""
         return load_file(self._path("tensors.safetensors"))
 
     def restore_signals(
-        self, signals: Signals, dtype: torch.dtype, batch_sizes: Sequence[int]
+        self, signals: Sequence[Signals], dtype: torch.dtype, batch_sizes: Sequence[int]
     ) -> None:
         """Fill the signals with those at the place reached.
 
         Args:
-            signals: the store to fill.
+            signals: the stores to fill.
             dtype: of the signals.
             batch_sizes: windows of each batch; may be other ones than when they were saved.
 
         """
-        shapes = [[size, *self._window] for size in batch_sizes]
-        load_signals(signals, self._path("signals.bin"), shapes, dtype)
+        for number, store in enumerate(signals):
+            shapes = [[size, *self._windows[number]] for size in batch_sizes]
+            load_signals(store, self._path(f"signals-{number}.bin"), shapes, dtype)
 
     def finish_part(
         self,
         part: "Future[int]",
         tensors: Mapping[str, Tensor],
-        signals: Signals | None = None,
+        signals: Sequence[Signals] = (),
     ) -> None:
         """Note that a part is done, with the tensors and signals needed to go on from it."""
-        before = [self._path("signals.bin"), self._path("tensors.safetensors")]
+        before = [self._path(f"signals-{number}.bin") for number in range(len(self._windows))]
+        before.append(self._path("tensors.safetensors"))
         self.part_bytes.append(0)
         write_tensors(
             self._path("tensors.safetensors"),
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
         )
-        if signals is not None:
-            save_signals(signals, self._path("signals.bin"))
-            self._window = list(signals[0].shape[1:])
+        for number, store in enumerate(signals):
+            save_signals(store, self._path(f"signals-{number}.bin"))
+        self._windows = [list(store[0].shape[1:]) for store in signals]
         self.part_bytes[-1] = part.result()
-        state = {"job": self._job, "part_bytes": self.part_bytes, "window": self._window}
+        state = {"job": self._job, "part_bytes": self.part_bytes, "windows": self._windows}
         temporary = self.directory / f"{STATE}.tmp"
         temporary.write_text(json.dumps(state))
         temporary.replace(self.directory / STATE)

@@ -43,7 +43,7 @@ def describe(summary: CheckpointSummary) -> str:
     if options := summary.provenance.get("options"):
         lines["calibration"] = (
             f"{options['calibration']}, {options['samples']} × {options['sequence_length']} "
-            f"tokens, seed {options['seed']}, fraction {options['fraction']}"
+            f"tokens, seed {options['seed']}"
         )
     if summary.ratio >= 1:
         lines["note"] = "not smaller than the dense model: rotations and an untied head outweigh it"

@@ -1,15 +1,15 @@
 """The slicing loop of SliceGPT (arXiv 2401.15024, section 3): fold, rotate and delete, in order.
 
-Every place of the residual stream gets a basis U: the principal directions of the signal there,
-taken with everything before it sliced already. Linears that read the stream become W·diag(g)·U,
-those that write it UᵀW, and the stream itself moves from one place to the next by S = UᵀU′. Where
-the last place keeps all columns, its basis is the identity, and the head stays as it was.
+Every place of the residual stream gets a basis U. Linears that read the stream become W·diag(g)·U,
+those that write it UᵀW, and the stream itself moves from one place to the next by S = UᵀU′. In the
+paper's form U are the principal directions of the signal there, taken with everything before it
+sliced already. With a survey of the dense model they are known before, may be aligned or shared, and
+the weights can be refitted. Where the last place keeps all columns, its basis is the identity, and
+the head stays as it was.
 """
 
-import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,19 +17,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sliceserve.slicing.architectures import Sublayer
-from sliceserve.slicing.dense import DenseModel
 from sliceserve.slicing.errors import UserError
-from sliceserve.slicing.memory import ROWS_PER_PRODUCT, return_freed_memory
-from sliceserve.slicing.modeling import ROTATION, SlicedLayer
-from sliceserve.slicing.moments import SecondMoment, numerical_rank, principal_basis
+from sliceserve.slicing.layers import DenseLayers
+from sliceserve.slicing.memory import return_freed_memory
+from sliceserve.slicing.modeling import (
+    HEAD_MAP,
+    ROTATION,
+    SlicedLayer,
+    SlicedNorm,
+    branch_outputs,
+)
+from sliceserve.slicing.moments import ROWS_PER_PRODUCT, SecondMoment, principal_basis
 from sliceserve.slicing.parts import PartWriter
 from sliceserve.slicing.progress import Progress
 from sliceserve.slicing.recording import Contexts, record
+from sliceserve.slicing.refit import Regression
 from sliceserve.slicing.rotations import RankRule, align
 from sliceserve.slicing.signals import Signals, make_signals
 from sliceserve.slicing.stopwatch import Stopwatch
-
-logger = logging.getLogger(__name__)
+from sliceserve.slicing.survey import Survey
 
 
 def sliced_width(hidden_size: int, fraction: float, round_to: int) -> int:
@@ -53,166 +59,178 @@ def sliced_width(hidden_size: int, fraction: float, round_to: int) -> int:
     return width
 
 
+@dataclass(frozen=True)
+class SlicePlan:
+    """What a slicing run is to make.
+
+    Attributes:
+        widths: columns to keep at each place.
+        rank_rule: says how many directions the rotation between two places turns; None keeps
+            rotations whole.
+        refit_writes: whether linears that write the stream, and the head, are refitted to the
+            dense stream.
+        refit_reads: whether those that read it are too.
+        tied: whether the head is the embedding, behind a matrix of its own.
+
+    """
+
+    widths: list[int]
+    rank_rule: RankRule | None = None
+    refit_writes: bool = False
+    refit_reads: bool = False
+    tied: bool = False
+
+
 class Slicer:
     """One run over a dense model, layer by layer."""
 
     def __init__(
         self,
-        model: DenseModel,
-        widths: list[int],
-        rank_rule: RankRule | None,
+        layers: DenseLayers,
+        plan: SlicePlan,
+        survey: Survey | None,
         writer: PartWriter,
-        device: torch.device,
-        dtype: torch.dtype,
-        signal_bytes: int,
-        windows_per_batch: int,
+        stopwatch: Stopwatch,
     ) -> None:
         """Prepare a run.
 
         Args:
-            model: the dense model; weights are read layer by layer.
-            widths: columns to keep at each place.
-            rank_rule: says how many directions the rotation between two places of equal width
-                turns; None keeps rotations whole.
+            layers: those of the dense model, and where and in which dtype they run; bases,
+                rotations and regressions are float64 throughout.
+            plan: what to make.
+            survey: a finished survey of the dense model; None takes the paper's bases.
             writer: takes the sliced weights as they are done.
-            device: where layers run.
-            dtype: of the forward pass; moments, bases and rotations are float64 throughout.
-            signal_bytes: of the host's memory that calibration signals may take; more spill.
-            windows_per_batch: calibration windows that run through a layer at once.
+            stopwatch: times the steps.
 
         """
-        self.model = model
-        self.widths = widths
-        self.rank_rule = rank_rule
-        self.hidden_size = int(model.config.hidden_size)
-        self.ranks: list[int | None] = []
+        self.layers = layers
+        self.plan = plan
+        self.survey = survey
         self.writer = writer
-        self.device = device
-        self.dtype = dtype
-        self.signal_bytes = signal_bytes
-        self.windows_per_batch = windows_per_batch
-        self.stopwatch = Stopwatch(device)
+        self.stopwatch = stopwatch
+        self.device, self.dtype = layers.device, layers.dtype
+        self.architecture = layers.model.architecture
+        self.hidden_size = int(layers.model.config.hidden_size)
+        self.epsilon = self.architecture.epsilon(layers.model.config)
+        self.ranks: list[int | None] = []
+        self.strengths: list[float] = []
         self.basis = torch.empty(0)
         self.spectrum = torch.empty(0, self.hidden_size, dtype=torch.float64)
-        final_norm = model.skeleton.get_submodule(model.architecture.final_norm)
-        self.centred = isinstance(final_norm, nn.LayerNorm)
-        self.layers: Any = model.skeleton.get_submodule(model.architecture.layers)
         self.signals: Signals
+        self.dense_signals: Signals
 
     @torch.no_grad()
-    def run(self, windows: Tensor, progress: Progress, show_progress: bool = True) -> None:
-        """Slice the model with calibration tokens [samples, sequence_length], from where it stands.
+    def run(
+        self,
+        windows: Tensor,
+        windows_per_batch: int,
+        signal_bytes: int,
+        progress: Progress,
+        show_progress: bool = True,
+    ) -> None:
+        """Slice the model, from where it stands.
 
-        Afterwards `ranks` holds what the rule gave, and `spectrum` the eigenvalues of the stream's
-        second moment, falling, float64 [places, hidden_size], but for a last place that is whole.
+        Afterwards `ranks` holds what the rule gave, `spectrum` the eigenvalues of what the bases
+        were taken from, falling, float64 [places, hidden_size], but for a last place that is whole.
+
+        Args:
+            windows: calibration tokens [samples, sequence_length].
+            windows_per_batch: that run through a layer at once.
+            signal_bytes: of the host's memory that calibration signals may take; more spill.
+            progress: what is done already, and where to note what is.
+            show_progress: whether to show a bar.
 
         Raises:
             UserError: the dense model holds or gives values that are not finite.
 
         """
-        batches = _split(windows, self.windows_per_batch)
-        columns = signal_columns(self.hidden_size, self.widths, self.rank_rule)
-        capacities = [batch.numel() * columns for batch in batches]
-        spill = progress.directory / "spilled.bin"
-        self.signals = make_signals(capacities, self.dtype, self.device, self.signal_bytes, spill)
-        count, steps = len(self.layers), len(self.model.architecture.sublayers) * len(batches)
+        batches = list(windows.split(windows_per_batch))
+        stores = self._make_stores(batches, progress, signal_bytes)
+        count, steps = len(self.layers), len(self.architecture.sublayers)
         done = len(progress.part_bytes)
         bar = tqdm(
             total=count * steps,
             initial=max(0, min(done - 1, count)) * steps,
             disable=not show_progress,
-            unit="batch",
+            unit="sublayer",
         )
-        with bar, ThreadPoolExecutor(1) as loader:
+        with bar:
             bar.set_description("slicing embedding")
             if done == 0:
                 contexts = self._start(batches)
-                progress.finish_part(self.writer.write(0), self._state(), self.signals)
-            elif done <= count:
-                contexts = record(
-                    self.model, one_of_each_size(batches), self.device, self.dtype, _ignore
-                )
-                progress.restore_signals(self.signals, self.dtype, list(map(len, batches)))
-            if done > 0:
+                progress.finish_part(self.writer.write(0), self._state(), stores)
+            else:
                 state = progress.tensors()
                 self.basis, self.spectrum = state["basis"].to(self.device), state["spectrum"]
                 self.ranks = [None if rank < 0 else rank for rank in state["ranks"].tolist()]
-            first = max(0, done - 1)
-            ahead = loader.submit(self._read_layer, first) if first < count else None
-            for index in range(count):
-                if index >= first and ahead is not None:
-                    bar.set_description(f"slicing layer {index + 1}/{count}")
-                    with self.stopwatch("loading"):
-                        weights = ahead.result()
-                    if index + 1 < count:
-                        ahead = loader.submit(self._read_layer, index + 1)
-                    self._slice_layer(index, weights, contexts[index], bar.update)
-                    with self.stopwatch("writing"):
-                        part = self.writer.write(index + 1)
-                        progress.finish_part(part, self._state(), self.signals)
-                # The sliced layer is made of the dense one's modules: let go of its weights.
-                self.layers[index] = nn.Identity()
+                self.strengths = state["strengths"].tolist()
+            if 0 < done <= count + 1:
+                progress.restore_signals(stores, self.dtype, list(map(len, batches)))
+            if 0 < done <= count:
+                contexts = record(
+                    self.layers.model, _one_of_each(batches), self.device, self.dtype, _ignore
+                )
+            for index, weights in self.layers.read_ahead(range(max(0, done - 1), count)):
+                bar.set_description(f"slicing layer {index + 1}/{count}")
+                self._slice_layer(index, weights, contexts[index], bar.update)
+                with self.stopwatch("writing"):
+                    part = self.writer.write(index + 1)
+                    progress.finish_part(part, self._state(), stores)
                 return_freed_memory()
         if len(progress.part_bytes) == count + 1:
             self._fold_head()
             progress.finish_part(self.writer.write(count + 1), self._state())
 
+    def _make_stores(
+        self, batches: list[Tensor], progress: Progress, signal_bytes: int
+    ) -> list[Signals]:
+        """Make the signals of the sliced stream and, for refits, of the dense one."""
+        # The paper's bases are found with all columns.
+        columns = [self.hidden_size if self.survey is None else max(self.plan.widths)]
+        columns += [self.hidden_size] * self.plan.refit_writes
+        stores = []
+        for number, width in enumerate(columns):
+            capacities = [batch.numel() * width for batch in batches]
+            spill = progress.directory / f"spilled-{number}.bin"
+            share = signal_bytes * width // sum(columns)
+            stores.append(make_signals(capacities, self.dtype, self.device, share, spill))
+        self.signals, self.dense_signals = stores[0], stores[-1]
+        return stores
+
     def _state(self) -> dict[str, Tensor]:
         ranks = [-1 if rank is None else rank for rank in self.ranks]
-        return {"basis": self.basis, "spectrum": self.spectrum, "ranks": torch.tensor(ranks)}
-
-    def _read(self, name: str) -> Tensor:
-        """Read a tensor on the CPU; there must be no NaN or infinity in it."""
-        weight = self.model.read(name)
-        if not weight.isfinite().all():
-            raise UserError(f"MODEL holds values that are not finite in its tensor {name!r}")
-        return weight
-
-    def _read_layer(self, index: int) -> dict[str, Tensor]:
-        """Read all tensors of a layer, pinned where a GPU is to take them."""
-        prefix = f"{self.model.architecture.layers}.{index}"
-        names = [name for name, _ in self.layers[index].named_parameters()]
-        weights = {name: self._read(f"{prefix}.{name}") for name in names}
-        if self.device.type == "cuda":
-            return {name: weight.pin_memory() for name, weight in weights.items()}
-        return weights
-
-    def _norm(self, path: str, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Return a norm's scale g and shift, [hidden_size] in float64."""
-        scale = torch.ones(self.hidden_size, dtype=torch.float64, device=self.device)
-        if f"{path}.weight" in weights:
-            scale = self._wide(weights[f"{path}.weight"])
-        shift = weights.get(f"{path}.bias")
-        return scale, None if shift is None else self._wide(shift)
-
-    def _wide(self, weight: Tensor) -> Tensor:
-        return weight.to(self.device).to(torch.float64)
-
-    def _centre(self, stream: Tensor, dim: int = -1) -> Tensor:
-        """Remove the mean over hidden_size where the norms are LayerNorms: they would do it.
-
-        What is left is the stream of a model with RMSNorms that computes the same (section 3.1).
-        """
-        return stream - stream.mean(dim, keepdim=True) if self.centred else stream
+        return {
+            "basis": self.basis,
+            "spectrum": self.spectrum,
+            "ranks": torch.tensor(ranks),
+            "strengths": torch.tensor(self.strengths, dtype=torch.float64),
+        }
 
     def _start(self, batches: list[Tensor]) -> list[Contexts]:
         """Find the first basis, slice the embedding tables E to E·U and start the signals."""
-        architecture = self.model.architecture
         moment = SecondMoment(self.hidden_size, self.device)
+        if self.survey is not None:
+            self.basis = self._surveyed_basis(0)
 
         def take(index: int, stream: Tensor) -> None:
-            wide = self._centre(stream)
-            moment.add(wide)
-            self.signals[index] = wide
+            wide = self.layers.centre(stream)
+            if self.survey is None:
+                moment.add(wide)
+                self.signals[index] = wide
+                return
+            if self.plan.refit_writes:
+                self.dense_signals[index] = wide
+            self.signals[index] = wide @ self.basis.to(self.dtype)
 
         with self.stopwatch("embedding"):
-            contexts = record(self.model, batches, self.device, self.dtype, take)
-        self.basis = self._principal_basis(moment, 0)
-        self._rotate_signals()
+            contexts = record(self.layers.model, batches, self.device, self.dtype, take)
+        if self.survey is None:
+            self.basis = self._principal_basis(moment, 0)
+            self._rotate_signals()
         with self.stopwatch("rotating weights"):
-            for path in architecture.tables:
-                table = self._read(f"{path}.weight")
-                narrow = self._by_rows(table, lambda rows: self._centre(rows) @ self.basis)
+            for path in self.architecture.tables:
+                table = self.layers.read(f"{path}.weight")
+                narrow = self._by_rows(table, lambda rows: self.layers.centre(rows) @ self.basis)
                 self.writer.add(f"{path}.weight", narrow)
         return contexts
 
@@ -224,67 +242,104 @@ class Slicer:
         advance: Callable[[], Any],
     ) -> None:
         """Slice one decoder layer, hand its tensors to the writer, and move the signals past it."""
-        architecture = self.model.architecture
+        architecture = self.architecture
         prefix, step = f"{architecture.layers}.{index}", len(architecture.sublayers)
-        widths = self.widths[index * step : (index + 1) * step + 1]
-        eps = architecture.epsilon(self.model.config)
+        widths = self.plan.widths[index * step : (index + 1) * step + 1]
+        dense = self.layers.load(index, weights) if self.plan.refit_writes else None
         # Rotations are done here, on the signals.
-        ranks: list[int | None] = [0] * step
+        none: list[int | None] = [0] * step
         layer = SlicedLayer(
-            self.layers[index], architecture, widths, ranks, self.hidden_size, eps
+            self.layers.skeleton(index), architecture, widths, none, self.hidden_size, self.epsilon
         ).eval()
         norms = tuple(f"{sublayer.norm}." for sublayer in architecture.sublayers)
-        rotated = {
+        rotated = tuple(
             f"{path}."
             for sublayer in architecture.sublayers
             for path in (*sublayer.reads, *sublayer.writes)
-        }
+        )
         for name, weight in weights.items():
-            if not name.startswith(norms):
-                self._assign(layer, name, weight)
-                if not name.startswith(tuple(rotated)):
-                    self.writer.add(f"{prefix}.{name}", weight)
+            if not name.startswith((*norms, *rotated)):
+                self.layers.assign(layer, name, weight)
+                self.writer.add(f"{prefix}.{name}", weight)
+            elif not name.startswith(norms) and self.survey is None:
+                self.layers.assign(layer, name, weight)
         for number, sublayer in enumerate(architecture.sublayers):
+            place = index * step + number
+            reads = self._reads(layer, sublayer, place)
             with self.stopwatch("rotating weights"):
-                self._rotate_readers(layer, sublayer, weights, widths[number], prefix)
-            rotation = self._advance(
-                partial(_branches, layer, sublayer, contexts), index * step + number + 1, advance
-            )
-            with self.stopwatch("rotating weights"):
-                for path in sublayer.writes:
-                    columns = weights.pop(f"{path}.weight").T
-                    narrow = self._by_rows(columns, lambda rows: self._centre(rows) @ self.basis)
-                    self.writer.add(f"{prefix}.{path}.weight", narrow.T)
-                    if (bias := weights.pop(f"{path}.bias", None)) is not None:
-                        narrow = self._centre(self._wide(bias)) @ self.basis
-                        self.writer.add(f"{prefix}.{path}.bias", narrow)
-                for name, weight in rotation.items():
-                    self.writer.add(f"{prefix}.{ROTATION}.{number}.{name}", weight)
+                self._rotate_readers(layer, sublayer, weights, reads, prefix)
+            if self.survey is None:
+                rotation = self._advance(layer, sublayer, contexts, place + 1)
+                written = self._rotated_writers(sublayer, weights, self.basis)
+            else:
+                rotation, written = self._move(layer, dense, sublayer, weights, contexts, place)
+            for path in sublayer.writes:
+                self.writer.add(f"{prefix}.{path}.weight", written[path])
+                if (bias := weights.get(f"{path}.bias")) is not None:
+                    narrow = self.layers.centre(self.layers.wide(bias)) @ self.basis
+                    self.writer.add(f"{prefix}.{path}.bias", narrow)
+            for name, weight in rotation.items():
+                self.writer.add(f"{prefix}.{ROTATION}.{number}.{name}", weight)
+            advance()
+
+    def _reads(self, layer: SlicedLayer, sublayer: Sublayer, place: int) -> Tensor:
+        """Return the map from the dense stream's columns to those that readers read, [D, width]."""
+        if not self.plan.refit_reads:
+            return self.basis
+        return self._refit_norm(layer.get_submodule(sublayer.norm), self.plan.widths[place]).T
+
+    def _refit_norm(self, norm: nn.Module, width: int) -> Tensor:
+        """Find the map from the normed sliced stream to the normed dense one, [width, D]."""
+        regression = Regression(width, self.hidden_size, self.device)
+        dense_norm = SlicedNorm(self.hidden_size, self.hidden_size, self.epsilon)
+        factor, first = (self.hidden_size / width) ** 0.5, 0
+        with self.stopwatch("refitting"):
+            for index in range(len(self.signals)):
+                x = self.signals[index].to(self.device)
+                dense = self.dense_signals[index].to(self.device)
+                exact = torch.promote_types(x.dtype, torch.float32)
+                normed = dense_norm(dense.to(exact)), factor * norm(x.to(exact))
+                regression.add(normed[1], normed[0], first)
+                first += len(x)
+            fit = regression.fit(self.basis.T)
+        return fit.weight
 
     def _rotate_readers(
         self,
         layer: SlicedLayer,
         sublayer: Sublayer,
         weights: dict[str, Tensor],
-        width: int,
+        reads: Tensor,
         prefix: str,
     ) -> None:
-        scale, shift = self._norm(sublayer.norm, weights)
-        rescaled = scale * (self.hidden_size / width) ** 0.5
+        scale, shift = self.layers.norm(sublayer.norm, weights)
+        rescaled = scale * (self.hidden_size / reads.shape[1]) ** 0.5
         for path in sublayer.reads:
             weight, bias = weights.pop(f"{path}.weight"), weights.pop(f"{path}.bias", None)
-            sliced = {"weight": self._by_rows(weight, lambda rows: rows * rescaled @ self.basis)}
+            sliced = {"weight": self._by_rows(weight, lambda rows: rows * rescaled @ reads)}
             if bias is not None:
-                sliced["bias"] = self._wide(bias)
+                sliced["bias"] = self.layers.wide(bias)
             if shift is not None:
                 offset = self._by_rows(weight, lambda rows: rows @ shift)
                 sliced["bias"] = sliced.get("bias", 0) + offset
             for leaf, tensor in sliced.items():
-                self._assign(layer, f"{path}.{leaf}", tensor)
+                self.layers.assign(layer, f"{path}.{leaf}", tensor)
                 self.writer.add(f"{prefix}.{path}.{leaf}", tensor)
 
+    def _rotated_writers(
+        self, sublayer: Sublayer, weights: dict[str, Tensor], basis: Tensor
+    ) -> dict[str, Tensor]:
+        """Return UᵀW of the linears that write the stream, by their paths."""
+        written = {}
+        with self.stopwatch("rotating weights"):
+            for path in sublayer.writes:
+                columns = weights[f"{path}.weight"].T
+                narrow = self._by_rows(columns, lambda rows: self.layers.centre(rows) @ basis)
+                written[path] = narrow.T
+        return written
+
     def _advance(
-        self, branches: Callable[[Tensor], Tensor], place: int, advance: Callable[[], Any]
+        self, layer: SlicedLayer, sublayer: Sublayer, contexts: Contexts, place: int
     ) -> dict[str, Tensor]:
         """Move the signals to the next place of the stream and find the basis there.
 
@@ -294,113 +349,222 @@ class Slicer:
             The weights of the rotation that leads there, by their names.
 
         """
-        before, width, rule = self.basis, self.widths[place], self.rank_rule
-        whole = place == len(self.widths) - 1 and width == self.hidden_size
-        low_rank = rule is not None and not whole and self.widths[place - 1] == width
+        before, whole = self.basis, self._is_whole(place)
         lift = before.T.to(self.dtype)
         moment = SecondMoment(self.hidden_size, self.device)
         for index in range(len(self.signals)):
             with self.stopwatch("signals"):
                 x = self.signals[index].to(self.device)
             with self.stopwatch("forward"):
-                wide = self._centre(x @ lift + branches(x))
+                update = layer.branches(sublayer, x, contexts[len(x)])
+                wide = self.layers.centre(x @ lift + update)
             if not whole:
                 with self.stopwatch("moments"):
                     moment.add(wide)
             with self.stopwatch("signals"):
-                # What a rotation of low rank leaves out depends on where the stream was.
-                self.signals[index] = torch.cat([wide, x], dim=-1) if low_rank else wide
-            advance()
+                self.signals[index] = wide
         if whole:
-            self.basis = torch.eye(self.hidden_size, dtype=torch.float64, device=self.device)
+            self.basis = self._identity()
         else:
             self.basis = self._principal_basis(moment, place)
-        if rule is None or not low_rank:
+            self._rotate_signals()
+        self.ranks.append(None)
+        return {"weight": self.basis.T @ before}
+
+    def _move(
+        self,
+        layer: SlicedLayer,
+        dense: nn.Module | None,
+        sublayer: Sublayer,
+        weights: dict[str, Tensor],
+        contexts: Contexts,
+        place: int,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Move both streams past a sublayer, to a place whose basis is known.
+
+        Returns:
+            The weights of the rotation that leads there, by their names, and those of the linears
+            that write the stream, by their paths.
+
+        """
+        rotation, rotate = self._rotation(place + 1)
+        biases = [weights.get(f"{path}.bias") for path in sublayer.writes]
+        narrow_biases = [
+            None if bias is None else self.layers.centre(self.layers.wide(bias)) @ self.basis
+            for bias in biases
+        ]
+        written = self._rotated_writers(sublayer, weights, self.basis)
+        if dense is not None:
+            for path in sublayer.writes:
+                layer.set_submodule(path, nn.Identity())
+            offset = sum(bias for bias in narrow_biases if bias is not None)
+            regression = self._regression(layer, dense, sublayer, contexts, rotate, offset)
+            with self.stopwatch("refitting"):
+                prior = torch.cat([weight.T.to(torch.float64) for weight in written.values()])
+                fit = regression.fit(prior)
+            self.strengths.append(fit.strength)
+            sizes = [weight.shape[1] for weight in written.values()]
+            written = {
+                path: part.T for path, part in zip(written, fit.weight.split(sizes), strict=True)
+            }
+        for path, bias in zip(sublayer.writes, narrow_biases, strict=True):
+            linear = nn.Linear(1, 1, bias=bias is not None, device="meta")
+            layer.set_submodule(path, linear)
+            self.layers.assign(layer, f"{path}.weight", written[path])
+            if bias is not None:
+                self.layers.assign(layer, f"{path}.bias", bias)
+        for index in range(len(self.signals)):
+            with self.stopwatch("signals"):
+                x = self.signals[index].to(self.device)
+            with self.stopwatch("forward"):
+                moved = rotate(x) + layer.branches(sublayer, x, contexts[len(x)])
+            with self.stopwatch("signals"):
+                self.signals[index] = moved
+        return rotation, written
+
+    def _regression(
+        self,
+        layer: SlicedLayer,
+        dense: nn.Module,
+        sublayer: Sublayer,
+        contexts: Contexts,
+        rotate: Callable[[Tensor], Tensor],
+        offset: Tensor | int,
+    ) -> Regression:
+        """Move the dense signals, and regress what is missing to them on what the writers read."""
+        regression = None
+        narrow, first = self.basis.to(self.dtype), 0
+        for index in range(len(self.signals)):
+            with self.stopwatch("signals"):
+                x = self.signals[index].to(self.device)
+                stream = self.dense_signals[index].to(self.device)
+            with self.stopwatch("forward"):
+                context = contexts[len(x)]
+                stream = self.layers.advance(dense, sublayer, stream, context)
+                inputs = branch_outputs(layer, self.architecture, sublayer, x, context)
+                exact = torch.promote_types(x.dtype, torch.float32)
+                missing = (stream @ narrow).to(exact) - rotate(x).to(exact) - offset
+            with self.stopwatch("signals"):
+                self.dense_signals[index] = stream
+            with self.stopwatch("refitting"):
+                joined = torch.cat(inputs, dim=-1)
+                if regression is None:
+                    sizes = joined.shape[-1], missing.shape[-1]
+                    regression = Regression(*sizes, self.device)
+                regression.add(joined, missing.to(exact), first)
+                first += len(x)
+        assert regression is not None  # noqa: S101 - there are signals
+        return regression
+
+    def _rotation(self, place: int) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
+        """Go on to the surveyed basis of a place.
+
+        Returns:
+            The weights of the rotation that leads there, by their names, and the rotation.
+
+        """
+        before, after = self.basis, self._surveyed_basis(place)
+        rule = self.plan.rank_rule
+        if self.survey is not None and self.survey.plan.shared:
+            self.ranks.append(0)
+            return {}, lambda x: x
+        if rule is None or before.shape != after.shape:
+            self.basis = after
             self.ranks.append(None)
-            if not whole:
-                self._rotate_signals()
-            return {"weight": self.basis.T @ before}
+            turned = before.T @ after
+            narrow = turned.to(self.dtype)
+            return {"weight": turned.T}, lambda x: x @ narrow
         with self.stopwatch("eigenvectors"):
-            alignment = align(before, self.basis)
-        self.basis = alignment.basis
+            alignment = align(before, after)
         # No more than the deleted directions can turn.
-        rank = min(rule(alignment.cosines), self.hidden_size - width)
+        rank = min(rule(alignment.cosines), self.hidden_size - before.shape[1])
+        self.basis = alignment.basis
         self.ranks.append(rank)
-        self._rotate_signals(alignment.neglected(rank))
         down, up = alignment.factors(rank)
-        return {"down.weight": down.T, "up.weight": up.T} if rank else {}
+        if not rank:
+            return {}, lambda x: x
+        factors = down.to(self.dtype), up.to(self.dtype)
+        return {"down.weight": down.T, "up.weight": up.T}, (
+            lambda x: x + x @ factors[0] @ factors[1]
+        )
+
+    def _is_whole(self, place: int) -> bool:
+        """Whether the stream comes back to the dense model's own columns at a place."""
+        last = len(self.plan.widths) - 1
+        full = self.plan.widths[last] == self.hidden_size
+        return place == last and full and self.plan.rank_rule is None
+
+    def _identity(self) -> Tensor:
+        return torch.eye(self.hidden_size, dtype=torch.float64, device=self.device)
+
+    def _surveyed_basis(self, place: int) -> Tensor:
+        assert self.survey is not None  # noqa: S101 - what calls this has one
+        if self._is_whole(place):
+            return self._identity()
+        basis, values = self.survey.basis(place)
+        self.spectrum = torch.cat([self.spectrum, values.unsqueeze(0)])
+        return basis
 
     def _principal_basis(self, moment: SecondMoment, place: int) -> Tensor:
         """Find the principal basis of a place from the moment there."""
-        if not moment.sum.isfinite().all():
-            raise UserError(
-                f"MODEL gives values that are not finite at place {place} of its residual "
-                f"stream: its weights are corrupt or overflow in {self.dtype}"
-            )
+        total, width = moment.sum, self.plan.widths[place]
+        self.layers.check_finite(total, place)
         with self.stopwatch("eigenvectors"):
-            basis, spectrum = principal_basis(moment.sum, self.widths[place], self.centred)
+            basis, spectrum = principal_basis(total, width, self.layers.centred)
             self.spectrum = torch.cat([self.spectrum, spectrum.cpu().unsqueeze(0)])
-        # Centring empties one direction.
-        possible = min(self.widths[place], self.hidden_size - self.centred)
-        if (rank := numerical_rank(self.spectrum[-1])) < possible:
-            logger.warning(
-                "at place %d the calibration signal has rank %d and %d directions are kept: some "
-                "are arbitrary; use more or more varied calibration text",
-                place,
-                rank,
-                self.widths[place],
-            )
+        self.layers.warn_of_rank(spectrum, width, place)
         return basis
 
-    def _rotate_signals(self, neglected: tuple[Tensor, Tensor] | None = None) -> None:
-        """Move the signals into the basis of the place where they are.
-
-        Args:
-            neglected: factors of the part of the rotation that the sliced model leaves out; the
-                signals hold the columns they had before as well.
-
-        """
+    def _rotate_signals(self) -> None:
+        """Move the signals into the basis of the place where they are."""
         narrow = self.basis.to(self.dtype)
-        if neglected is not None:
-            down, up = (factor.to(self.dtype) for factor in neglected)
         with self.stopwatch("signals"):
             for index in range(len(self.signals)):
-                signal = self.signals[index].to(self.device)
-                rotated = signal[..., : self.hidden_size] @ narrow
-                if neglected is not None:
-                    rotated -= signal[..., self.hidden_size :] @ down @ up
-                self.signals[index] = rotated
+                self.signals[index] = self.signals[index].to(self.device) @ narrow
 
     def _fold_head(self) -> None:
         """Fold the final norm into the head, H·diag(g)·U, and its shift as a bias."""
-        architecture = self.model.architecture
-        names = dict(self.model.skeleton.named_parameters())
-        path = architecture.final_norm
-        leaves = [leaf for leaf in ("weight", "bias") if f"{path}.{leaf}" in names]
-        scale, shift = self._norm(path, {f"{path}.{x}": self._read(f"{path}.{x}") for x in leaves})
-        name, bias = f"{architecture.head}.weight", f"{architecture.head}.bias"
-        table = self._read(name)
+        names = dict(self.layers.model.skeleton.named_parameters())
+        scale, shift = self.layers.final_norm()
+        name, bias = f"{self.architecture.head}.weight", f"{self.architecture.head}.bias"
+        width = self.plan.widths[-1]
+        reads = self.basis
+        if self.plan.refit_writes and not self._is_whole(len(self.plan.widths) - 1):
+            reads = self._refit_norm(SlicedNorm(width, self.hidden_size, self.epsilon), width).T
+        reads = scale.unsqueeze(1) * reads * (self.hidden_size / width) ** 0.5
+        table = self.layers.read(name)
         with self.stopwatch("rotating weights"):
-            narrow = None
-            if self.widths[-1] < self.hidden_size:
-                narrow = self.basis * (self.hidden_size / self.widths[-1]) ** 0.5
-
-            def fold(rows: Tensor) -> Tensor:
-                return rows * scale if narrow is None else rows * scale @ narrow
-
-            self.writer.add(name, self._by_rows(table, fold))
-            offset = self._wide(self._read(bias)) if bias in names else None
+            if self.plan.tied:
+                self.writer.add(f"{HEAD_MAP}.weight", self._head_map(reads))
+            else:
+                whole = self._is_whole(len(self.plan.widths) - 1)
+                self.writer.add(
+                    name,
+                    self._by_rows(table, lambda rows: rows * scale if whole else rows @ reads),
+                )
+            offset = self.layers.wide(self.layers.read(bias)) if bias in names else None
             if shift is not None:
                 folded = self._by_rows(table, lambda rows: rows @ shift)
                 offset = folded if offset is None else offset + folded
             if offset is not None:
                 self.writer.add(bias, offset)
 
+    def _head_map(self, reads: Tensor) -> Tensor:
+        """Return the matrix T before a tied head, as a linear's weight [widths[0], widths[-1]].
+
+        E·U₀·T stands for the head E·R, R [D, widths[-1]]: the best in the mean curvature F of the
+        loss in the logits, T = (U₀ᵀFU₀)⁻¹U₀ᵀF·R.
+        """
+        assert self.survey is not None  # noqa: S101 - only surveys find how to tie
+        first, _ = self.survey.basis(0)
+        metric = self.survey.head_metric()
+        return torch.linalg.solve(first.T @ metric @ first, first.T @ metric @ reads)
+
     def _by_rows(self, table: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         """Change a matrix in float64, some rows at a time, into the checkpoint's dtype."""
         result = None
         for start in range(0, len(table), ROWS_PER_PRODUCT):
-            rows = change(self._wide(table[start : start + ROWS_PER_PRODUCT]))
+            rows = change(self.layers.wide(table[start : start + ROWS_PER_PRODUCT]))
             if result is None:
                 # A vector is a bias, still to be added to.
                 kept = rows.dtype if rows.ndim == 1 else self.writer.dtype
@@ -410,29 +574,11 @@ class Slicer:
         assert result is not None  # noqa: S101 - a matrix has rows
         return result
 
-    def _assign(self, layer: nn.Module, name: str, weight: Tensor) -> None:
-        path, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(weight.to(self.device).to(self.dtype), requires_grad=False)
-        setattr(layer.get_submodule(path), leaf, parameter)
 
-
-def signal_columns(hidden_size: int, widths: list[int], rank_rule: RankRule | None) -> int:
-    """Return the most columns that a calibration signal has between two places."""
-    return hidden_size if rank_rule is None else hidden_size + max(widths)
-
-
-def one_of_each_size(batches: list[Tensor]) -> list[Tensor]:
+def _one_of_each(batches: list[Tensor]) -> list[Tensor]:
     """Return one batch of every number of windows."""
     return list({len(batch): batch for batch in batches}.values())
 
 
 def _ignore(_index: int, _stream: Tensor) -> None:
     return
-
-
-def _branches(layer: SlicedLayer, sublayer: Sublayer, contexts: Contexts, x: Tensor) -> Tensor:
-    return layer.branches(sublayer, x, contexts[len(x)])
-
-
-def _split(rows: Tensor, size: int) -> list[Tensor]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -27,8 +27,7 @@ class Reference:
     """A dense model whose residual stream is projected at each place on its main directions.
 
     The places: what enters a layer and, unless attention and MLP are parallel, what attention
-    leaves, and with `head` what the final norm
-    reads. LayerNorms remove the mean of the stream, so it is removed before the projection.
+    leaves, and with `head` what the final norm reads. LayerNorms remove the mean of the stream, so it is removed before the projection.
     """
 
     def __init__(
@@ -39,6 +38,7 @@ class Reference:
         self.width = width
         self.projections: list[Tensor] = []
         self.seen = torch.empty(0)
+        self.streams: list[Tensor] = []
         stack = self.model.get_submodule(layers)
         self.centred = any(isinstance(module, nn.LayerNorm) for module in stack.modules())
         self.places = len(stack) * (1 if parallel else 2)
@@ -82,7 +82,18 @@ class Reference:
             stream = stream - stream.mean(-1, keepdim=True)
         if place == len(self.projections):
             self.seen = stream
+        self.streams.append(stream)
         return stream @ self.projections[place] if place < len(self.projections) else stream
+
+    def survey(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return the second moments of stream and gradient at every place of the dense model."""
+        self.streams = []
+        scores = self.model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+        loss = nn.functional.cross_entropy(scores, ids[:, 1:].flatten(), reduction="sum")
+        gradients = torch.autograd.grad(loss, self.streams)
+        both = zip(self.streams, gradients, strict=True)
+        rows = [(x.detach().flatten(0, 1), g.flatten(0, 1)) for x, g in both]
+        return [(x.T @ x, g.T @ g) for x, g in rows]
 
     @torch.no_grad()
     def calibrate(self, ids: Tensor) -> None:

@@ -9,13 +9,17 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from sliceserve.slicing.architectures import find_architecture
 from sliceserve.slicing.config import sliced_config
 from sliceserve.slicing.dense import open_dense_model
 from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.layers import DenseLayers
 from sliceserve.slicing.parts import PartWriter, assemble_shards
 from sliceserve.slicing.progress import Progress
-from sliceserve.slicing.rotations import RankRule, auto_rank, fixed_rank
-from sliceserve.slicing.slicer import Slicer, sliced_width
+from sliceserve.slicing.rotations import auto_rank, fixed_rank
+from sliceserve.slicing.slicer import SlicePlan, Slicer, sliced_width
+from sliceserve.slicing.stopwatch import Stopwatch
+from sliceserve.slicing.survey import TAU, Survey, SurveyPlan
 
 IDS = torch.randint(0, 256, (6, 48), generator=torch.Generator().manual_seed(3))
 CONFIGS = {"llama": tiny_config()} | OTHER_CONFIGS
@@ -27,7 +31,8 @@ def slice_to(
     widths: list[int],
     dtype: torch.dtype,
     signal_bytes: int = 10**9,
-    rank_rule: RankRule | None = None,
+    survey: dict[str, Any] | None = None,
+    **plan: Any,
 ) -> Any:
     """Slice with everything in `dtype` and load the result with Transformers."""
     output.mkdir()
@@ -35,20 +40,35 @@ def slice_to(
     exact_norms(model.skeleton)
     progress = Progress(output / "unfinished", {})
     writer = PartWriter(progress.directory, dtype)
-    slicer = Slicer(model, widths, rank_rule, writer, torch.device("cpu"), dtype, signal_bytes, 2)
-    slicer.run(IDS, progress, show_progress=False)
+    stopwatch = Stopwatch(torch.device("cpu"))
+    layers = DenseLayers(model, torch.device("cpu"), dtype)
+    slice_plan = SlicePlan(widths, **plan)
+    found = None
+    if survey is not None:
+        surveying = Progress(progress.directory / "survey", {})
+        survey_plan = SurveyPlan(widths, tied=slice_plan.tied, **survey)
+        found = Survey(layers, survey_plan, surveying, stopwatch)
+        found.run(IDS, 2, signal_bytes, show_progress=False)
+    slicer = Slicer(layers, slice_plan, found, writer, stopwatch)
+    slicer.run(IDS, 2, signal_bytes, progress, show_progress=False)
     assert slicer.signals.home == ("memory of cpu" if signal_bytes else "a file")
     assert [name for name, p in model.skeleton.named_parameters() if not p.is_meta] == [], (
         "weights of finished layers must be let go"
     )
     assemble_shards(progress.directory, output, progress.part_bytes, merged_bytes=100_000)
-    name = str(dtype).removeprefix("torch.")
     config = sliced_config(
-        model.config, model.architecture, widths, slicer.ranks, model.parameters, name
+        model.config,
+        model.architecture,
+        widths,
+        slicer.ranks,
+        model.parameters,
+        str(dtype).removeprefix("torch."),
+        slice_plan.tied,
     )
     config.save_pretrained(output)
     sliced = exact_norms(AutoModelForCausalLM.from_pretrained(output, dtype=dtype).eval())
     sliced.calibration_signals = torch.cat([slicer.signals[i] for i in range(len(slicer.signals))])
+    sliced.survey = found
     return sliced
 
 
@@ -90,34 +110,133 @@ def test_slicing_agrees_with_an_independent_implementation(name: str, tmp_path: 
     assert_close(logits(sliced, fresh), expected, rtol=0, atol=1e-8)
 
 
+def reference_of(dense: Path, name: str, width: int) -> Reference:
+    layers = "model.decoder.layers" if name == "opt" else "model.layers"
+    return Reference(str(dense), width, layers, parallel=name == "phi", head=True)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_low_rank_rotations_are_exact_at_the_rank_of_what_is_deleted(
     name: str, tmp_path: Path
 ) -> None:
     config = CONFIGS[name]
     dense = save_tiny(tmp_path / "dense", config, torch.float64)
-    layers = "model.decoder.layers" if name == "opt" else "model.layers"
-    reference = Reference(str(dense), width=72, layers=layers, parallel=name == "phi", head=True)
-    reference.calibrate(IDS)
+    reference = reference_of(dense, name, 72)
+    moments = reference.survey(IDS)
+    for moment, _ in moments:
+        main = torch.linalg.svd(moment).U[:, :72]
+        reference.projections.append(main @ main.T)
     widths = [72] * (places_of(config) + 1)
     deleted = config.hidden_size - 72
     sliced = slice_to(
-        dense, tmp_path / "sliced", widths, torch.float64, rank_rule=fixed_rank(deleted)
+        dense,
+        tmp_path / "sliced",
+        widths,
+        torch.float64,
+        survey={"output_aware": False, "shared": False},
+        rank_rule=fixed_rank(deleted),
     )
     assert sliced.config.slicing["ranks"] == [deleted] * places_of(config)
     fresh = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(4))
     assert_close(logits(sliced, fresh), reference.logits(fresh), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("rule", [fixed_rank(0), fixed_rank(5), auto_rank])
-def test_calibration_sees_what_the_sliced_model_computes(rule: RankRule, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_survey_agrees_with_automatic_differentiation(
+    name: str, shared: bool, tmp_path: Path
+) -> None:
+    config = CONFIGS[name]
+    dense = save_tiny(tmp_path / "dense", config, torch.float64)
+    widths = [72] * (places_of(config) + 1)
+    sliced = slice_to(
+        dense,
+        tmp_path / "sliced",
+        widths,
+        torch.float64,
+        survey={"output_aware": True, "shared": shared},
+        rank_rule=fixed_rank(4),
+    )
+    weights = [
+        TAU * signal / signal.trace() + gradient / gradient.trace() / TAU
+        for signal, gradient in reference_of(dense, name, 72).survey(IDS)
+    ]
+    if shared:
+        weights = [torch.stack(weights).sum(0)] * len(weights)
+    for place, weight in enumerate(weights):
+        main = torch.linalg.svd(weight).U[:, :72]
+        basis, _ = sliced.survey.basis(place)
+        assert_close(basis @ basis.T, main @ main.T, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_at_full_width_nothing_changes_whatever_is_refitted(name: str, tmp_path: Path) -> None:
+    config = CONFIGS[name]
+    dense = save_tiny(tmp_path / "dense", config, torch.float64)
+    widths = [config.hidden_size] * (places_of(config) + 1)
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float64).eval()
+    sliced = slice_to(
+        dense,
+        tmp_path / "sliced",
+        widths,
+        torch.float64,
+        survey={"output_aware": True, "shared": False},
+        rank_rule=fixed_rank(4),
+        refit_writes=True,
+        refit_reads=True,
+        tied=config.tie_word_embeddings and name != "opt",
+    )
+    assert_close(logits(sliced), logits(exact_norms(model)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "phi", "opt"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"rank_rule": fixed_rank(0)},
+        {"rank_rule": auto_rank},
+        {"rank_rule": fixed_rank(5), "refit_writes": True},
+        {"rank_rule": fixed_rank(0), "refit_writes": True, "refit_reads": True},
+    ],
+)
+def test_calibration_sees_what_the_sliced_model_computes(
+    name: str, plan: dict[str, Any], tmp_path: Path
+) -> None:
     """What a rotation leaves out must be missing from the signals too."""
-    dense = save_tiny(tmp_path / "dense", tiny_config(), torch.float64)
-    sliced = slice_to(dense, tmp_path / "sliced", [72] * 7, torch.float64, rank_rule=rule)
+    config = CONFIGS[name]
+    dense = save_tiny(tmp_path / "dense", config, torch.float64)
+    tied = name == "llama-tied"
+    survey = {"output_aware": True, "shared": "refit_reads" in plan}
+    widths = [72] * (places_of(config) + 1)
+    sliced = slice_to(
+        dense, tmp_path / "sliced", widths, torch.float64, survey=survey, tied=tied, **plan
+    )
     seen = []
-    sliced.model.norm.register_forward_pre_hook(lambda _norm, args: seen.append(args[0]))
+    norm = sliced.get_submodule(find_architecture(config.architectures[0]).final_norm)
+    norm.register_forward_pre_hook(lambda _norm, args: seen.append(args[0]))
     logits(sliced)
     assert_close(seen[0], sliced.calibration_signals, rtol=0, atol=1e-9)
+
+
+def test_a_refit_comes_closer_to_the_dense_stream(tmp_path: Path) -> None:
+    dense = save_tiny(tmp_path / "dense", tiny_config(), torch.float64)
+    reference = reference_of(dense, "llama", 72)
+    reference.logits(IDS)
+    expected = reference.streams[-1]
+    errors = []
+    for refit in (False, True):
+        sliced = slice_to(
+            dense,
+            tmp_path / f"sliced-{refit}",
+            [72] * 7,
+            torch.float64,
+            survey={"output_aware": False, "shared": True},
+            rank_rule=fixed_rank(0),
+            refit_writes=refit,
+        )
+        basis, _ = sliced.survey.basis(0)
+        errors.append((sliced.calibration_signals - expected @ basis).square().sum())
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_signals_in_a_file_give_the_same_weights(tiny: Path, tmp_path: Path) -> None:

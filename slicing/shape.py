@@ -1,0 +1,137 @@
+"""The shape of the sliced model: widths and ranks, from a fraction or from parameters to keep."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sliceserve.slicing.config import SlicedConfig, sliced_config
+from sliceserve.slicing.dense import DenseModel
+from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.modeling import expected_shapes
+from sliceserve.slicing.rotations import RankRule, auto_rank, default_rank, fixed_rank
+from sliceserve.slicing.slicer import SlicePlan, sliced_width
+from sliceserve.slicing.survey import SurveyPlan
+
+if TYPE_CHECKING:
+    from sliceserve.slicing.job import SliceOptions
+
+FRACTION = 0.25
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a slicing run is to make of a model.
+
+    Attributes:
+        model: the dense model.
+        dtype: of the sliced weights.
+        widths: columns to keep at each place.
+        rank: of every rotation, None if they are whole; with "auto", the most there can be.
+        rank_rule: how it is chosen at each place, None if they are whole.
+        tied: whether the head stays the embedding.
+
+    """
+
+    model: DenseModel
+    dtype: torch.dtype
+    widths: list[int]
+    rank: int | None
+    rank_rule: RankRule | None
+    tied: bool
+
+    def config(self, ranks: list[int | None]) -> SlicedConfig:
+        """Return the config of the sliced model."""
+        return sliced_config(
+            self.model.config,
+            self.model.architecture,
+            self.widths,
+            ranks,
+            self.model.parameters,
+            str(self.dtype).removeprefix("torch."),
+            self.tied,
+        )
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the sliced model holds at most, rotations and head included."""
+        config = self.config([self.rank] * (len(self.widths) - 1))
+        return sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
+
+    def survey_plan(self, options: "SliceOptions") -> SurveyPlan:
+        """Return what a survey is to find."""
+        return SurveyPlan(
+            self.widths,
+            output_aware=options.basis == "output-aware",
+            shared=options.rotation == "shared",
+            tied=self.tied,
+        )
+
+    def slice_plan(self, options: "SliceOptions") -> SlicePlan:
+        """Return what the slicing loop is to make."""
+        return SlicePlan(
+            self.widths,
+            self.rank_rule,
+            refit_writes=options.refit != "none",
+            refit_reads=options.refit == "full",
+            tied=self.tied,
+        )
+
+
+def choose_shape(options: "SliceOptions", model: DenseModel, dtype: torch.dtype) -> Shape:
+    """Choose widths and ranks.
+
+    Raises:
+        UserError: no width keeps as little as that, or none would be left.
+
+    """
+    hidden_size = int(model.config.hidden_size)
+    places = model.architecture.places(model.config.num_hidden_layers)
+    final_norm = model.skeleton.get_submodule(model.architecture.final_norm)
+    # A LayerNorm model's embedding is centred and its head is not: they differ.
+    tied = (
+        options.surveys
+        and bool(model.config.tie_word_embeddings)
+        and not isinstance(final_norm, nn.LayerNorm)
+    )
+
+    def shape_of(width: int) -> Shape:
+        deleted = hidden_size - width
+        rank: int | None = None
+        rule: RankRule | None = None
+        if options.rotation == "shared":
+            rank, rule = 0, fixed_rank(0)
+        elif options.rotation == "low-rank" and options.rank == "auto":
+            rank, rule = min(deleted, width), auto_rank
+        elif options.rotation == "low-rank":
+            given = options.rank if isinstance(options.rank, int) else default_rank(hidden_size)
+            rank, rule = min(given, deleted, width), fixed_rank(given)
+        last = hidden_size if options.rotation == "dense" else width
+        return Shape(model, dtype, [width] * (places - 1) + [last], rank, rule, tied)
+
+    if options.target_params is None:
+        fraction = FRACTION if options.fraction is None else options.fraction
+        return shape_of(sliced_width(hidden_size, fraction, options.round_to))
+    most = int(options.target_params * model.parameters)
+    width = widest(hidden_size, options.round_to, lambda width: shape_of(width).parameters <= most)
+    if width is None:
+        least = shape_of(options.round_to).parameters
+        raise UserError(
+            f"--target-params {options.target_params} is {most:,} parameters, and the narrowest "
+            f"model has {least:,}"
+        )
+    return shape_of(width)
+
+
+def widest(hidden_size: int, round_to: int, fits: Callable[[int], bool]) -> int | None:
+    """Return the largest multiple of `round_to` up to hidden_size that fits, None if none does."""
+    low, high = 0, hidden_size // round_to
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle * round_to):
+            low = middle
+        else:
+            high = middle - 1
+    return low * round_to or None
