@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sliceserve.slicing.calibration import token_windows
 from sliceserve.slicing.corpora import read_corpus
-from sliceserve.slicing.job import SliceOptions, run_slice
+from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.moments import SecondMoment
 from sliceserve.slicing.perplexity import load_model, measure
 from sliceserve.slicing.source import load_tokenizer, locate, quiet_transformers
@@ -68,6 +68,7 @@ def main() -> None:
                     samples=options.samples,
                     sequence_length=length,
                     dtype="float32",
+                    **PAPER,
                 )
             )
             model = load_model(

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sliceserve.slicing.job import SliceOptions, run_slice
+from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.perplexity import measure_text
 from sliceserve.slicing.source import quiet_transformers
 
@@ -41,6 +41,7 @@ def main() -> int:
                 calibration=str(texts["valid"]),
                 samples=16,
                 dtype="float32",
+                **PAPER,
             )
         )
         measured = measure_text(str(sliced), str(texts["test"]), 2048, 8, "cpu", "float32")

@@ -5,8 +5,8 @@
 The plain loop holds the model and all signals in memory and runs every decoder layer twice, once
 to see what its MLP reads and once to see what it writes, as the published code does (rotate and
 slice sequentially, batches of two windows, float64 moments and eigenvectors). Llama architecture
-only. All times are from loading model and text to the saved weights. Exits with 1 if the perplexities differ by
-over 0.5 %.
+only. All times are from loading model and text to the saved weights. Exits with 1 if the
+perplexities differ by over 0.5 %.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from sliceserve.slicing.calibration import pick_windows, token_windows
 from sliceserve.slicing.corpora import read_corpus
-from sliceserve.slicing.job import SliceOptions, run_slice
+from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.perplexity import load_model, measure
 from sliceserve.slicing.slicer import sliced_width
 from sliceserve.slicing.source import load_tokenizer, locate, quiet_transformers
@@ -174,6 +174,7 @@ def main() -> int:
                     sequence_length=length,
                     dtype="float32",
                     compute_dtype=dtype,
+                    **PAPER,
                 )
             )
             seconds.append(time.perf_counter() - started)

@@ -54,7 +54,7 @@ def main() -> int:
     try:
         prepare_dense(options.model, dense)
         shutil.rmtree(sliced, ignore_errors=True)
-        step("slice: 25 % of the hidden dimension goes (calibration text: WikiText-2)")
+        step("slice: a fifth of the parameters goes (calibration text: WikiText-2)")
         slice_model(dense, sliced)
         rows = [describe(dense, log), describe(sliced, log)]
         step("serve the sliced model and ask it something through the openai client")
@@ -111,7 +111,14 @@ def check(process: "subprocess.Popen[str]") -> None:
 
 def slice_model(dense: Path, sliced: Path) -> None:
     command: list[str | Path] = [SLICESERVE, "slice", dense, "--output", sliced]
-    command += ["--samples", str(CALIBRATION_WINDOWS), "--sequence-length", str(SEQUENCE_LENGTH)]
+    command += [
+        "--target-params",
+        "0.8",
+        "--samples",
+        str(CALIBRATION_WINDOWS),
+        "--sequence-length",
+        str(SEQUENCE_LENGTH),
+    ]
     with running(command) as process:
         process.wait()
     check(process)

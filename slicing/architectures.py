@@ -44,6 +44,7 @@ class Architecture:
         attention: the module of a layer that takes positions, mask and cache.
         final_norm: the norm before the head.
         head: the linear that gives the logits (weight [vocab, hidden_size]).
+        derives_head_dim: whether engines take head_dim from hidden_size, whatever the config says.
         requires: config fields that must have these values; others change what a layer computes.
 
     """
@@ -58,6 +59,7 @@ class Architecture:
     attention: str = "self_attn"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    derives_head_dim: bool = False
     requires: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -100,12 +102,13 @@ GATED = _gated(QKV, ("mlp.gate_proj", "mlp.up_proj"))
 
 LLAMA = Architecture("LlamaForCausalLM", GATED, norm_eps="rms_norm_eps")
 MISTRAL = Architecture("MistralForCausalLM", GATED, norm_eps="rms_norm_eps")
-QWEN2 = Architecture("Qwen2ForCausalLM", GATED, norm_eps="rms_norm_eps")
+QWEN2 = Architecture("Qwen2ForCausalLM", GATED, norm_eps="rms_norm_eps", derives_head_dim=True)
 QWEN3 = Architecture("Qwen3ForCausalLM", GATED, norm_eps="rms_norm_eps")
 PHI3 = Architecture(
     "Phi3ForCausalLM",
     _gated(("self_attn.qkv_proj",), ("mlp.gate_up_proj",)),
     norm_eps="rms_norm_eps",
+    derives_head_dim=True,
 )
 PHI = Architecture(
     "PhiForCausalLM",

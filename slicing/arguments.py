@@ -45,6 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_finetune(commands)
     _add_report(commands)
+    _add_export(commands)
     commands.add_parser("serve", help="serve a sliced checkpoint with an OpenAI-compatible API")
     return parser
 
@@ -54,7 +55,8 @@ def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
         "slice",
         help="delete a fraction of a model's hidden dimension and write the smaller model",
         description="Slice a model offline: SliceGPT (arXiv 2401.15024), dense weights "
-        "out; the paper's own form is --rotation dense --basis pca --refit none. The output directory appears only when it is complete.",
+        "out. The paper's own form is --rotation dense --basis pca --refit none. The output "
+        "directory appears only when it is complete.",
         formatter_class=HelpFormatter,
     )
     parser.set_defaults(command="slice")
@@ -274,6 +276,20 @@ def _add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
         default=[],
         metavar="FILE",
         help="what `perplexity --json` and `evaluate --json` have printed, dense and sliced",
+    )
+
+
+def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a checkpoint of --rotation shared as an ordinary one, for any engine",
+        description="A model sliced with --rotation shared is a dense model of a narrow "
+        "hidden_size: this writes it so that engines run it without sliceserve.",
+    )
+    parser.set_defaults(command="export")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a sliced checkpoint")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR2", help="directory to make"
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: slice, inspect, perplexity, evaluate, finetune, report and serve."""
+"""The command line: slice, inspect, perplexity, evaluate, finetune, report, export and serve."""
 
 import json
 import logging
@@ -158,6 +158,20 @@ def report_command(directory: Path, results: list[Path], output: Path) -> int:
     return 0
 
 
+def export_command(directory: Path, output: Path) -> int:
+    """Run `sliceserve export`."""
+    from sliceserve.slicing.export import run_export
+    from sliceserve.slicing.source import quiet_transformers
+
+    quiet_transformers()
+    exported = run_export(directory, output)
+    print(
+        f"{exported.directory}: {exported.architecture} with hidden_size {exported.hidden_size}, "
+        f"{exported.parameters:,} parameters"
+    )
+    return 0
+
+
 def _default_device() -> str:
     import torch
 
@@ -175,6 +189,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "evaluate": evaluate_command,
     "finetune": finetune_command,
     "report": report_command,
+    "export": export_command,
 }
 
 if __name__ == "__main__":

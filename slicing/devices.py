@@ -34,7 +34,7 @@ def layers_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
 
 
 def _multiplies_bfloat16() -> bool:
-    capabilities = torch.cpu.get_capabilities()  # type: ignore[no-untyped-call]
+    capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 

@@ -40,6 +40,11 @@ from sliceserve.slicing.stopwatch import Stopwatch
 from sliceserve.slicing.survey import GRADIENT_WINDOWS, Survey
 
 METHOD = "SliceGPT (arXiv 2401.15024)"
+PAPER: dict[str, Any] = {
+    "rotation": "dense",
+    "basis": "pca",
+    "refit": "none",
+}  # the options of its own form
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -94,7 +99,7 @@ class SliceOptions:
     @property
     def surveys(self) -> bool:
         """Whether bases come from a survey of the dense model; the paper's come as it is sliced."""
-        return (self.rotation, self.basis, self.refit) != ("dense", "pca", "none")
+        return any(getattr(self, name) != value for name, value in PAPER.items())
 
 
 @dataclass(frozen=True)

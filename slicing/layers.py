@@ -78,7 +78,8 @@ class DenseLayers:
 
     def skeleton(self, index: int) -> nn.Module:
         """Return a layer of one's own, its parameters on the meta device."""
-        return copy.deepcopy(self._skeletons[index])
+        layer: nn.Module = copy.deepcopy(self._skeletons[index])
+        return layer
 
     def load(self, index: int, weights: dict[str, Tensor]) -> nn.Module:
         """Return the dense layer with its weights."""

@@ -1,7 +1,7 @@
 """Second moments of the residual stream and their principal bases, in float64.
 
-Float32 throughout costs 0.4 to 1.8 perplexity on Llama-2-7B (SliceGPT, table 4). Sums and eigenvectors
-are float64; products of some thousand rows may be float32 (`benchmarks/moments.py`).
+Float32 throughout costs 0.4 to 1.8 perplexity on Llama-2-7B (SliceGPT, table 4). Sums and
+eigenvectors are float64; products of some thousand rows may be float32 (`benchmarks/moments.py`).
 """
 
 from collections.abc import Iterator
@@ -20,21 +20,23 @@ def product_rows(x: Tensor) -> Iterator[Tensor]:
     In float64, or in float32 on a CPU, which is faster in it, if x is not float64.
     """
     wide = x.device.type != "cpu" or x.dtype == torch.float64
-    for rows in x.reshape(-1, x.shape[-1]).split(ROWS_PER_PRODUCT):
+    for rows in torch.split(x.reshape(-1, x.shape[-1]), ROWS_PER_PRODUCT):
         yield rows.to(torch.float64 if wide else torch.float32)
 
 
 class SecondMoment:
     """The uncentred second moment C = Σ xxᵀ of rows x, accumulated in float64."""
 
-    def __init__(self, hidden_size: int, device: torch.device) -> None:
+    def __init__(self, hidden_size: int, device: torch.device, exact: bool = False) -> None:
+        """Start at zero; `exact` takes products in float64 on a CPU too, for a rank that is so."""
+        self._exact = exact
         self._lower = torch.zeros(hidden_size, hidden_size, dtype=torch.float64, device=device)
         self._columns = -(-hidden_size // BLOCKS)
 
     def add(self, x: Tensor) -> None:
         """Add the rows of x, [..., hidden_size]."""
         size = len(self._lower)
-        for rows in product_rows(x):
+        for rows in product_rows(x.double() if self._exact else x):
             # C is symmetric: blocks of columns from the diagonal down are five eighths of it.
             for start in range(0, size, self._columns):
                 block = slice(start, min(start + self._columns, size))

@@ -75,7 +75,8 @@ class Regression:
             return Fit(prior, float("inf"), 0.0)
         enough = best + FORGONE * (unfitted - best)
         strength = max(strength for strength, error in errors.items() if error <= enough)
-        weight = _solve(sum(self._gram), sum(self._cross), prior, strength)
+        gram, cross = self._gram[0] + self._gram[1], self._cross[0] + self._cross[1]
+        weight = _solve(gram, cross, prior, strength)
         return Fit(weight, strength, 1 - errors[strength] / unfitted)
 
     def _error(self, weight: Tensor) -> float:

@@ -3,9 +3,9 @@
 Every place of the residual stream gets a basis U. Linears that read the stream become W·diag(g)·U,
 those that write it UᵀW, and the stream itself moves from one place to the next by S = UᵀU′. In the
 paper's form U are the principal directions of the signal there, taken with everything before it
-sliced already. With a survey of the dense model they are known before, may be aligned or shared, and
-the weights can be refitted. Where the last place keeps all columns, its basis is the identity, and
-the head stays as it was.
+sliced already. With a survey of the dense model they are known before, may be aligned or shared,
+and the weights can be refitted. Where the last place keeps the dense model's columns, the head
+stays as it was.
 """
 
 from collections.abc import Callable
@@ -144,7 +144,7 @@ class Slicer:
             UserError: the dense model holds or gives values that are not finite.
 
         """
-        batches = list(windows.split(windows_per_batch))
+        batches = list(torch.split(windows, windows_per_batch))
         stores = self._make_stores(batches, progress, signal_bytes)
         count, steps = len(self.layers), len(self.architecture.sublayers)
         done = len(progress.part_bytes)
@@ -208,7 +208,8 @@ class Slicer:
 
     def _start(self, batches: list[Tensor]) -> list[Contexts]:
         """Find the first basis, slice the embedding tables E to E·U and start the signals."""
-        moment = SecondMoment(self.hidden_size, self.device)
+        # Text with few different tokens shows here.
+        moment = SecondMoment(self.hidden_size, self.device, exact=True)
         if self.survey is not None:
             self.basis = self._surveyed_basis(0)
 
@@ -405,7 +406,8 @@ class Slicer:
             self.strengths.append(fit.strength)
             sizes = [weight.shape[1] for weight in written.values()]
             written = {
-                path: part.T for path, part in zip(written, fit.weight.split(sizes), strict=True)
+                path: part.T
+                for path, part in zip(written, torch.split(fit.weight, sizes), strict=True)
             }
         for path, bias in zip(sublayer.writes, narrow_biases, strict=True):
             linear = nn.Linear(1, 1, bias=bias is not None, device="meta")
@@ -558,7 +560,9 @@ class Slicer:
         assert self.survey is not None  # noqa: S101 - only surveys find how to tie
         first, _ = self.survey.basis(0)
         metric = self.survey.head_metric()
-        return torch.linalg.solve(first.T @ metric @ first, first.T @ metric @ reads)
+        projected = first.T @ metric
+        solution: Tensor = torch.linalg.solve(projected @ first, projected @ reads)
+        return solution
 
     def _by_rows(self, table: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         """Change a matrix in float64, some rows at a time, into the checkpoint's dtype."""

@@ -1,10 +1,10 @@
 """A survey of the dense model: which directions of the residual stream matter, place by place.
 
-The second moment C = Σxxᵀ says how much of the signal a direction holds, H = Σggᵀ, the second moment
-of the loss's gradient, how much the output changes with it. The output-aware basis of a place are
-the leading eigenvectors of τ·C/tr C + H/(τ·tr H) (arXiv 2609.35579). All layers are run forward
-once, and for some of the windows backward, one layer in memory at a time; what a layer reads is kept
-in a file in between.
+The second moment C = Σxxᵀ says how much of the signal a direction holds; H = Σggᵀ, that of the
+loss's gradient, how much the output changes with it. The output-aware basis of a place are the
+leading eigenvectors of τ·C/tr C + H/(τ·tr H) (arXiv 2609.35579). All layers are run forward once,
+and for some of the windows backward, one layer in memory at a time; what a layer reads is kept in a
+file in between.
 """
 
 from concurrent.futures import Future
@@ -20,7 +20,12 @@ from tqdm import tqdm
 from sliceserve.slicing.layers import DenseLayers
 from sliceserve.slicing.memory import return_freed_memory
 from sliceserve.slicing.modeling import SlicedNorm
-from sliceserve.slicing.moments import SecondMoment, principal_basis, product_rows
+from sliceserve.slicing.moments import (
+    ROWS_PER_PRODUCT,
+    SecondMoment,
+    principal_basis,
+    product_rows,
+)
 from sliceserve.slicing.parts import part_path
 from sliceserve.slicing.progress import Progress
 from sliceserve.slicing.recording import Contexts, record
@@ -138,7 +143,7 @@ class Survey:
 
     def _forward(self, windows: Tensor, size: int, signal_bytes: int, done: int, bar: Any) -> None:
         layers, progress = self.layers, self.progress
-        batches = list(windows.split(size))
+        batches = list(torch.split(windows, size))
         stride = self._stride(len(windows))
         signals = self._signals(batches, signal_bytes)
 
@@ -212,9 +217,10 @@ class Survey:
         if self.plan.output_aware or self.plan.tied:
             table = layers.read(f"{self.architecture.head}.weight").to(device, dtype)
         gradient, reads, means = self._moments(3)
-        weights = torch.zeros(0 if table is None else len(table), dtype=torch.float64, device=device)
+        rows = 0 if table is None else len(table)
+        weights = torch.zeros(rows, dtype=torch.float64, device=device)
         chosen = windows[::stride]
-        kept = self._signals([batch[:1] for batch in chosen.split(1)], signal_bytes)
+        kept = self._signals([batch[:1] for batch in torch.split(chosen, 1)], signal_bytes)
         number = offset = 0
         for index, batch in enumerate(batches):
             for row in range(-offset % stride, len(batch), stride):
@@ -249,15 +255,16 @@ class Survey:
         tensors = self._basis(self.last, moment, gradient.sum)
         if self.plan.tied and table is not None:
             metric = -means.sum
-            for start in range(0, len(table), 4096):
-                for rows in product_rows(table[start : start + 4096]):
-                    metric += (rows * weights[start : start + 4096, None].to(rows.dtype)).T @ rows
+            for start in range(0, len(table), ROWS_PER_PRODUCT):
+                for entries in product_rows(table[start : start + ROWS_PER_PRODUCT]):
+                    chosen_weights = weights[start : start + ROWS_PER_PRODUCT, None]
+                    metric += (entries * chosen_weights.to(entries.dtype)).T @ entries
             tensors |= {"head.metric": metric, "head.moment": reads.sum}
         self._finish(tensors, kept if self.plan.output_aware else None, {"total": self._total})
 
     def _backward(self, chosen: Tensor, size: int, signal_bytes: int, bar: Any) -> None:
         layers, progress, count = self.layers, self.progress, len(self.layers)
-        batches = list(chosen.split(size))
+        batches = list(torch.split(chosen, size))
         self._total = progress.tensors()["total"].to(layers.device)
         contexts: list[Contexts] = []
         if self.plan.output_aware:
@@ -272,7 +279,7 @@ class Survey:
                     layer = layers.load(index, weights)
                     self._differentiate(index, layer, batches, signals, contexts[index], gradients)
             with self.stopwatch("eigenvectors"):
-                tensors = {}
+                tensors: dict[str, Tensor] = {}
                 # Place 0, where one basis for all is complete, comes last.
                 for n in reversed(range(self.step)):
                     moment = self._kept_moment(index, n)

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from sliceserve.slicing.dense import open_dense_model, write_dense
-from sliceserve.slicing.job import SliceOptions, run_slice
+from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.source import locate, quiet_transformers
 
 REPOSITORY = Path(__file__).parents[1]
@@ -52,7 +52,7 @@ def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def sliced_smollm2(smollm2: Path) -> Path:
     """SmolLM2 sliced by 25 %, calibrated on few tokens."""
     output = smollm2.with_name("smollm2-sliced-25")
-    options = SliceOptions(str(smollm2), output, samples=4, sequence_length=256)
+    options = SliceOptions(str(smollm2), output, samples=4, sequence_length=256, **PAPER)
     run_slice(options, show_progress=False)
     return output
 
@@ -144,9 +144,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sliced(tiny: Path) -> Path:
-    """The tiny Llama sliced to 64 of 96 columns."""
+    """The tiny Llama sliced to 64 of 96 columns, as in the paper."""
     output = tiny.with_name("sliced")
-    options = SliceOptions(str(tiny), output, fraction=0.3, samples=8, sequence_length=64)
+    options = SliceOptions(str(tiny), output, fraction=0.3, samples=8, sequence_length=64, **PAPER)
     run_slice(options, show_progress=False)
     return output
 

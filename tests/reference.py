@@ -27,7 +27,8 @@ class Reference:
     """A dense model whose residual stream is projected at each place on its main directions.
 
     The places: what enters a layer and, unless attention and MLP are parallel, what attention
-    leaves, and with `head` what the final norm reads. LayerNorms remove the mean of the stream, so it is removed before the projection.
+    leaves, and with `head` what the final norm reads. LayerNorms remove the mean of the stream, so
+    it is removed before the projection.
     """
 
     def __init__(

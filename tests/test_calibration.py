@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from sliceserve.slicing.calibration import pick_windows
 from sliceserve.slicing.corpora import HUB, read_corpus
 from sliceserve.slicing.errors import UserError
-from sliceserve.slicing.job import SliceOptions, run_slice
+from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.selftext import sample_windows
 from sliceserve.slicing.slicer import Slicer
 
@@ -35,7 +35,8 @@ def windows_of(name: str, seed: int = 0, samples: int = 5) -> torch.Tensor:
 
 
 def slice_tiny(model: Path, output: Path, **changes: Any) -> Path:
-    fields: dict[str, Any] = {"fraction": 0.3, "samples": 8, "sequence_length": 64} | changes
+    fields: dict[str, Any] = {"fraction": 0.3, "samples": 8, "sequence_length": 64}
+    fields |= PAPER | changes
     run_slice(SliceOptions(str(model), output, **fields), show_progress=False)
     return output
 
@@ -188,10 +189,10 @@ def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, windows: int) -> None:
     """Make a GPU too small for so many windows at once, in the second layer's second sublayer."""
     advance = Slicer._advance
 
-    def limited(self: Slicer, branches: Any, place: int, bar: Any) -> None:
-        if place == 4 and self.windows_per_batch >= windows:
+    def limited(self: Slicer, layer: Any, sublayer: Any, contexts: Any, place: int) -> Any:
+        if place == 4 and len(self.signals[0]) >= windows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        advance(self, branches, place, bar)
+        return advance(self, layer, sublayer, contexts, place)
 
     monkeypatch.setattr(Slicer, "_advance", limited)
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sliceserve.slicing.checkpoint import read_checkpoint_summary, staged_directory
 from sliceserve.slicing.errors import UserError
-from sliceserve.slicing.job import SliceOptions, run_slice
+from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.parts import PartWriter, assemble_shards
 from sliceserve.slicing.weights import INDEX
 
@@ -66,14 +66,11 @@ def test_provenance_names_source_text_options_and_versions(tiny_sliced: Path) ->
 
 def test_slicing_again_gives_the_same_bytes(tiny: Path, tiny_sliced: Path, tmp_path: Path) -> None:
     again = tmp_path / "sliced"
-    options = SliceOptions(str(tiny), again, fraction=0.3, samples=8, sequence_length=64)
-    run_slice(options, show_progress=False)
+    fields = {"fraction": 0.3, "samples": 8, "sequence_length": 64} | PAPER
+    run_slice(SliceOptions(str(tiny), again, **fields), show_progress=False)
     assert shard(again).read_bytes() == shard(tiny_sliced).read_bytes()
     other = tmp_path / "other-seed"
-    run_slice(
-        SliceOptions(str(tiny), other, fraction=0.3, samples=8, sequence_length=64, seed=1),
-        show_progress=False,
-    )
+    run_slice(SliceOptions(str(tiny), other, seed=1, **fields), show_progress=False)
     assert shard(other).read_bytes() != shard(tiny_sliced).read_bytes()
 
 

@@ -41,7 +41,20 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["slice", "m", "--output", "o", "--fraction", "1"], "--fraction: 1 is not in [0, 1)"),
         (["slice", "m", "--output", "o", "--fraction", "-0.1"], "-0.1 is not in [0, 1)"),
         (["slice", "m", "--output", "o", "--fraction", "half"], "invalid fraction value: 'half'"),
-        (["slice", "m", "--output", "o", "--rank", "4"], "--rank 4 needs --rotation low-rank"),
+        (
+            ["slice", "m", "--output", "o", "--rank", "4", "--rotation", "shared"],
+            "--rank 4 needs --rotation low-rank",
+        ),
+        (["slice", "m", "--output", "o", "--target-params", "0"], "params: 0 is not in (0, 1]"),
+        (
+            ["slice", "m", "--output", "o", "--target-params", "0.5", "--fraction", "0.5"],
+            "--target-params and --fraction both say",
+        ),
+        (
+            ["slice", "m", "--output", "o", "--target-params", "0.5", "--rank", "auto"],
+            "--target-params needs a number as --rank, not 'auto'",
+        ),
+        (["slice", "m", "--output", "o", "--samples", "1"], "--samples 1 leaves none to fit on"),
         (["slice", "m", "--output", "o", "--rank", "-1"], "--rank: -1 is negative"),
         (["slice", "m", "--output", "o", "--rank", "few"], "--rank: invalid rank value: 'few'"),
         (["slice", "m", "--output", "o", "--samples", "0"], "--samples: 0 is not a positive"),
@@ -178,7 +191,8 @@ def test_slice_and_inspect_show_the_true_size(
     dense = save_tiny(tmp_path / "dense", tiny_config(), torch.float32)
     assert main(small(dense, tmp_path / "out", "--fraction", "0.3", "--dtype", "bfloat16")) == 0
     printed = capsys.readouterr().out
-    assert "64 at 6 places, 96 at 1 place of the residual stream" in printed
+    assert "64 at 7 places of the residual stream" in printed
+    assert "6 of rank 1" in printed
     assert main(["inspect", str(tmp_path / "out")]) == 0
     inspected = capsys.readouterr().out
     assert printed.startswith(inspected)

@@ -12,19 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import save_tiny, tiny_config
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sliceserve.slicing import parts
 from sliceserve.slicing.cli import main
 from sliceserve.slicing.errors import UserError
-from sliceserve.slicing.job import SliceOptions, run_slice
+from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.parts import part_path
 from sliceserve.slicing.progress import Progress
 from sliceserve.slicing.weights import write_tensors
 
+SURVEYED: dict[str, Any] = {"fraction": 0.3, "samples": 24, "sequence_length": 64}
 PARTS = 5  # the embedding, three layers, the head
-SMALL: dict[str, Any] = {"fraction": 0.3, "samples": 100, "sequence_length": 64}
+SMALL: dict[str, Any] = {"fraction": 0.3, "samples": 100, "sequence_length": 64} | PAPER
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -74,6 +77,7 @@ def test_a_run_that_ends_after_any_part_goes_on(
 def test_a_killed_run_goes_on(tiny: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
     arguments = ["slice", str(tiny), "--output", str(tmp_path / "out"), "--fraction", "0.3",
                  "--samples", "100", "--sequence-length", "64"]  # fmt: skip
+    arguments += [f"--{name}={value}" for name, value in PAPER.items()]
     command = [sys.executable, "-m", "sliceserve.slicing.cli", *arguments]
     state = tmp_path / ".out.partial/unfinished/state.json"
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -182,6 +186,45 @@ def test_a_memory_limit_that_is_too_small_is_refused(
     assert main([*arguments, "a lot"]) == 2
     assert "'a lot' is not a size such as 24GB" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+STEPS = 3 + 1 + 3 + 5  # of a survey: forward, head, backward; then the parts
+
+
+@pytest.fixture(scope="module")
+def surveyed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """A tiny model with a tied head, and the files of a run with every step there is."""
+    work = tmp_path_factory.mktemp("surveyed")
+    dense = save_tiny(work / "dense", tiny_config(tie_word_embeddings=True), torch.float32)
+    options = SliceOptions(str(dense), work / "out", **SURVEYED)
+    run_slice(options, show_progress=False)
+    return dense, contents(work / "out")
+
+
+@pytest.mark.parametrize("last", [1, 3, 4, 5, 7, 8, 10, STEPS])
+def test_a_survey_that_ends_after_any_step_goes_on(
+    last: int,
+    surveyed: tuple[Path, dict[str, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dense, files = surveyed
+    finish_part, steps = Progress.finish_part, 0
+
+    def end(self: Progress, *arguments: Any) -> None:
+        nonlocal steps
+        finish_part(self, *arguments)
+        steps += 1
+        if steps == last:
+            raise KeyboardInterrupt
+
+    options = SliceOptions(str(dense), tmp_path / "out", resume=True, **SURVEYED)
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "finish_part", end)
+        with pytest.raises(KeyboardInterrupt):
+            run_slice(options, show_progress=False)
+    run_slice(options, show_progress=False)
+    assert contents(tmp_path / "out") == files
 
 
 def vars_of(options: SliceOptions) -> dict[str, Any]:

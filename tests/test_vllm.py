@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import damage_tensors, shard
 from transformers import AutoModelForCausalLM
 
-from sliceserve.slicing.job import SliceOptions, run_slice
+from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 
 PROMPTS = [[1, 2, 3, 4, 5], [200, 7, 99], list(range(40))]
 EAGER = {"enforce_eager": True}
@@ -81,7 +81,9 @@ def uneven(tiny: Path) -> Path:
     """The tiny model at a width that two ranks cannot share evenly."""
     output = tiny.with_name("uneven")
     run_slice(
-        SliceOptions(str(tiny), output, fraction=0.25, round_to=1, samples=8, sequence_length=64),
+        SliceOptions(
+            str(tiny), output, fraction=0.25, round_to=1, samples=8, sequence_length=64, **PAPER
+        ),
         show_progress=False,
     )
     config = json.loads((output / "config.json").read_text())
@@ -114,14 +116,12 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         work = tmp_path_factory.mktemp(name)
         dense = save_tiny(work / "dense", config, torch.float32)
         directories[name] = work / "sliced"
-        options = SliceOptions(str(dense), work / "sliced", samples=8, sequence_length=64)
+        options = SliceOptions(str(dense), work / "sliced", samples=8, sequence_length=64, **PAPER)
         run_slice(options, show_progress=False)
-    for name, rank in (("llama-tied", 4), ("opt", None)):
+    for name, rank in (("llama-tied", 4), ("opt", "auto")):
         dense = directories[name].with_name("dense")
         directories[f"{name}-low-rank"] = output = directories[name].with_name("low-rank")
-        options = SliceOptions(
-            str(dense), output, rotation="low-rank", rank=rank, samples=8, sequence_length=64
-        )
+        options = SliceOptions(str(dense), output, rank=rank, samples=8, sequence_length=64)
         run_slice(options, show_progress=False)
     return directories
 
@@ -130,8 +130,10 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ("names", "options"),
     [
         pytest.param([*OTHER_CONFIGS, "llama-tied-low-rank", "opt-low-rank"], EAGER, id="eager"),
-        pytest.param(["phi"], EAGER | {"tensor_parallel_size": 2}, id="phi-tp2"),
-        pytest.param(["opt"], {"pipeline_parallel_size": 2}, id="opt-pp2-compiled"),
+        pytest.param(["phi", "llama-tied-low-rank"], EAGER | {"tensor_parallel_size": 2}, id="tp2"),
+        pytest.param(
+            ["opt", "llama-tied-low-rank"], {"pipeline_parallel_size": 2}, id="pp2-compiled"
+        ),
     ],
 )
 def test_vllm_agrees_for_every_architecture(
