@@ -163,7 +163,7 @@ class SlicedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]  # vLLM is
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
                 self.head_map = plain_linear(widths[-1], widths[0], HEAD_MAP)
         else:
-            self.lm_head = self.head_map = PPMissingLayer()
+            self.lm_head, self.head_map = PPMissingLayer(), PPMissingLayer()
         self.logits_processor = LogitsProcessor(config.vocab_size)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:

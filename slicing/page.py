@@ -173,7 +173,10 @@ def describe_widths(summary: CheckpointSummary) -> list[tuple[str, int]]:
 
 
 def spectrum_charts(directory: Path, summary: CheckpointSummary) -> list[Markup]:
-    """Draw the energy that slicing lost at each place, and the spectrum at some of them."""
+    """Draw the energy that slicing lost at each place, and the spectrum at some of them.
+
+    Where bases look at the output, weight stands for energy: signal and gradient together.
+    """
     if not (directory / SPECTRUM).exists():
         return []
     spectrum = np.load(directory / SPECTRUM).astype(np.float64)
@@ -181,6 +184,8 @@ def spectrum_charts(directory: Path, summary: CheckpointSummary) -> list[Markup]
     total = spectrum.sum(1)
     kept = np.array([row[:width].sum() for row, width in zip(spectrum, widths, strict=True)])
     lost = 1 - kept / total
+    aware = summary.provenance.get("options", {}).get("basis") == "output-aware"
+    energy = "weight" if aware else "energy"
     shown = np.unique(np.linspace(0, len(spectrum) - 1, PLACES_SHOWN).round().astype(int))
     lines = [
         Line(f"place {place}", list(enumerate(spectrum[place] / total[place], start=1)))
@@ -189,16 +194,16 @@ def spectrum_charts(directory: Path, summary: CheckpointSummary) -> list[Markup]
     return [
         line_chart(
             [Line("lost", list(enumerate(lost)))],
-            "Share of the residual stream's energy that is deleted, by place",
+            f"Share of the residual stream's {energy} that is deleted, by place",
             "place in the residual stream",
-            "energy deleted",
+            f"{energy} deleted",
             log=bool(lost.min() > 0),
         ),
         line_chart(
             lines,
             "Spectrum of the residual stream at some places",
-            "direction, by falling energy",
-            "share of the energy",
+            f"direction, by falling {energy}",
+            f"share of the {energy}",
             log=True,
             marker=(widths[0], f"kept: {widths[0]}"),
         ),
