@@ -54,7 +54,7 @@ def main() -> int:
     try:
         prepare_dense(options.model, dense)
         shutil.rmtree(sliced, ignore_errors=True)
-        step("slice: a fifth of the parameters goes (calibration text: WikiText-2)")
+        step("slice: a tenth of the parameters goes (calibration text: WikiText-2)")
         slice_model(dense, sliced)
         rows = [describe(dense, log), describe(sliced, log)]
         step("serve the sliced model and ask it something through the openai client")
