@@ -156,7 +156,14 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
     forward_dtype = layers_dtype(device, model.dtype)
     if options.compute_dtype:
         forward_dtype = getattr(torch, options.compute_dtype)
-    signal_bytes = signal_budget(model, options.memory_limit, device, dtype)
+    signal_bytes = signal_budget(
+        model,
+        options.memory_limit,
+        device,
+        dtype,
+        options.surveys,
+        options.refit != "none",
+    )
     job = describe_job(options, corpus, forward_dtype)
     files = {file.name: [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in model.files}
     tokens = options.samples * options.sequence_length

@@ -14,6 +14,7 @@ from sliceserve.slicing.moments import ROWS_PER_PRODUCT
 
 AVAILABLE_SHARE = 0.8
 TOKENS_PER_BATCH = 4096
+ROWS_OF_LOGITS = 512
 
 
 def peak_bytes() -> int:
@@ -39,7 +40,12 @@ def return_freed_memory() -> None:
 
 
 def signal_budget(
-    model: DenseModel, limit: int | None, device: torch.device, output: torch.dtype
+    model: DenseModel,
+    limit: int | None,
+    device: torch.device,
+    output: torch.dtype,
+    surveys: bool = False,
+    refits: bool = False,
 ) -> int:
     """Return the bytes of host memory that calibration signals may take.
 
@@ -48,6 +54,8 @@ def signal_budget(
         limit: bytes for the process; None takes most of what is available.
         device: where layers run; on a GPU moments and activations take none of the host's.
         output: dtype of the weights written.
+        surveys: whether the dense model is surveyed before.
+        refits: whether weights are refitted.
 
     Raises:
         UserError: weights and working set alone are above the limit.
@@ -56,7 +64,10 @@ def signal_budget(
     if limit is None:
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         limit = int(AVAILABLE_SHARE * available) + resident_bytes()
-    needed = resident_bytes() + working_set(model, device, output)
+    needed = resident_bytes() + max(
+        working_set(model, device, output) + refits * refit_set(model, device),
+        surveys * survey_set(model, device),
+    )
     if needed > limit:
         raise UserError(
             f"--memory-limit {limit / 1e9:.2f} GB is too small for this model, which needs about "
@@ -86,3 +97,31 @@ def working_set(model: DenseModel, device: torch.device, output: torch.dtype) ->
     moments = 6 * 8 * width * width
     activations = 4 * TOKENS_PER_BATCH * (3 * inner + 8 * width)
     return max(tables, layers) + moments + activations + 8 * ROWS_PER_PRODUCT * (inner + width)
+
+
+def survey_set(model: DenseModel, device: torch.device) -> int:
+    """Estimate the bytes that a survey holds beside the signals: the head, a layer's gradients."""
+    if device.type == "cuda":
+        return 0
+    layer, inner, width, vocabulary = _sizes(model)
+    head = 4 * vocabulary * (2 * width + 3 * ROWS_OF_LOGITS)
+    backward = 2 * 4 * layer + 4 * TOKENS_PER_BATCH * (8 * inner + 24 * width)
+    moments = 10 * 8 * width * width
+    return max(head, backward) + moments
+
+
+def refit_set(model: DenseModel, device: torch.device) -> int:
+    """Estimate what a refit holds more: the dense layer, and the sums and factors of a fit."""
+    if device.type == "cuda":
+        return 0
+    layer, inner, width, _ = _sizes(model)
+    return 4 * layer + 8 * (5 * inner * inner + 6 * inner * width) + 4 * TOKENS_PER_BATCH * inner
+
+
+def _sizes(model: DenseModel) -> tuple[int, int, int, int]:
+    """Return a layer's parameters, the widest input of its linears, hidden_size, vocabulary."""
+    first = f"{model.architecture.layers}.0."
+    shapes = [tuple(p.shape) for name, p in model.skeleton.named_parameters() if first in name]
+    layer = sum(prod(shape) for shape in shapes)
+    inner = max(max(shape) for shape in shapes)
+    return layer, inner, int(model.config.hidden_size), int(model.config.vocab_size)

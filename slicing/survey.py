@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sliceserve.slicing.layers import DenseLayers
-from sliceserve.slicing.memory import return_freed_memory
+from sliceserve.slicing.memory import ROWS_OF_LOGITS, return_freed_memory
 from sliceserve.slicing.modeling import SlicedNorm
 from sliceserve.slicing.moments import (
     ROWS_PER_PRODUCT,
@@ -36,7 +36,6 @@ from sliceserve.slicing.weights import write_tensors
 TAU = 3.0
 TIED_WEIGHT = 3.0  # of what the head reads, in the basis of a table that is embedding and head
 GRADIENT_WINDOWS = 32
-ROWS_OF_LOGITS = 512
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ class Survey:
         layers, progress = self.layers, self.progress
         batches = list(torch.split(windows, size))
         stride = self._stride(len(windows))
-        signals = self._signals(batches, signal_bytes)
+        signals = self._signals("stream", batches, signal_bytes)
 
         def take(index: int, stream: Tensor) -> None:
             if done == 0:
@@ -186,11 +185,12 @@ class Survey:
         if len(progress.part_bytes) == count:
             self._at_head(windows, batches, signals, stride, signal_bytes)
 
-    def _signals(self, batches: list[Tensor], signal_bytes: int) -> Signals:
+    def _signals(self, what: str, batches: list[Tensor], signal_bytes: int) -> Signals:
         capacities = [batch.numel() * self.hidden_size for batch in batches]
         layers = self.layers
-        spill = self.progress.directory / "spilled.bin"
-        return make_signals(capacities, layers.dtype, layers.device, signal_bytes, spill)
+        spill = self.progress.directory / f"spilled-{what}.bin"
+        # Stream and gradients are there together at the head.
+        return make_signals(capacities, layers.dtype, layers.device, signal_bytes // 2, spill)
 
     def _tape(self, index: int) -> Path:
         return self.progress.directory / f"read-by-{index:05d}.bin"
@@ -220,7 +220,7 @@ class Survey:
         rows = 0 if table is None else len(table)
         weights = torch.zeros(rows, dtype=torch.float64, device=device)
         chosen = windows[::stride]
-        kept = self._signals([batch[:1] for batch in torch.split(chosen, 1)], signal_bytes)
+        kept = self._signals("gradients", list(torch.split(chosen, 1)), signal_bytes)
         number = offset = 0
         for index, batch in enumerate(batches):
             for row in range(-offset % stride, len(batch), stride):
@@ -268,7 +268,7 @@ class Survey:
         self._total = progress.tensors()["total"].to(layers.device)
         contexts: list[Contexts] = []
         if self.plan.output_aware:
-            signals = self._signals(batches, signal_bytes)
+            signals = self._signals("gradients", batches, signal_bytes)
             progress.restore_signals([signals], layers.dtype, list(map(len, batches)))
             contexts = record(layers.model, batches, layers.device, layers.dtype, _ignore)
         done = len(progress.part_bytes) - count - 1

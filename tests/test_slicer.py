@@ -239,9 +239,19 @@ def test_a_refit_comes_closer_to_the_dense_stream(tmp_path: Path) -> None:
     assert errors[1] < 0.8 * errors[0]
 
 
-def test_signals_in_a_file_give_the_same_weights(tiny: Path, tmp_path: Path) -> None:
+REFITTED = {
+    "survey": {"output_aware": True, "shared": False},
+    "rank_rule": fixed_rank(4),
+    "refit_writes": True,
+}
+
+
+@pytest.mark.parametrize(("last", "plan"), [(96, {}), (64, REFITTED)])
+def test_signals_in_a_file_give_the_same_weights(
+    last: int, plan: dict[str, Any], tiny: Path, tmp_path: Path
+) -> None:
     models = [
-        slice_to(tiny, tmp_path / f"sliced-{size}", [64] * 6 + [96], torch.float32, size)
+        slice_to(tiny, tmp_path / f"sliced-{size}", [64] * 6 + [last], torch.float32, size, **plan)
         for size in (0, 10**9)
     ]
     for spilled, held in zip(*(model.parameters() for model in models), strict=True):
