@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from sliceserve.slicing.architectures import find_architecture
 from sliceserve.slicing.config import sliced_config
 from sliceserve.slicing.modeling import expected_shapes
-from sliceserve.slicing.slicer import sliced_width
+from sliceserve.slicing.shape import sliced_width
 
 
 def main() -> int:

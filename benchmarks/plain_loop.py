@@ -26,7 +26,7 @@ from sliceserve.slicing.calibration import pick_windows, token_windows
 from sliceserve.slicing.corpora import read_corpus
 from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.perplexity import load_model, measure
-from sliceserve.slicing.slicer import sliced_width
+from sliceserve.slicing.shape import sliced_width
 from sliceserve.slicing.source import load_tokenizer, locate, quiet_transformers
 
 TOLERANCE = 0.005

@@ -12,7 +12,7 @@ from sliceserve.slicing.dense import DenseModel
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.modeling import expected_shapes
 from sliceserve.slicing.rotations import RankRule, auto_rank, default_rank, fixed_rank
-from sliceserve.slicing.slicer import SlicePlan, sliced_width
+from sliceserve.slicing.slicer import SlicePlan
 from sliceserve.slicing.survey import SurveyPlan
 
 if TYPE_CHECKING:
@@ -123,6 +123,27 @@ def choose_shape(options: "SliceOptions", model: DenseModel, dtype: torch.dtype)
             f"model has {least:,}"
         )
     return shape_of(width)
+
+
+def sliced_width(hidden_size: int, fraction: float, round_to: int) -> int:
+    """Return the columns kept: (1 - fraction)·hidden_size, down to a multiple of `round_to`.
+
+    A fraction of 0 keeps all columns, whatever the multiple.
+
+    Raises:
+        UserError: nothing would be left.
+
+    """
+    if fraction == 0:
+        return hidden_size
+    # The tiny addend keeps a product such as 0.7·1000 from falling just below its whole number.
+    width = int((1 - fraction) * hidden_size + 1e-9) // round_to * round_to
+    if width < 1:
+        raise UserError(
+            f"--fraction {fraction} with --round-to {round_to} leaves none of the "
+            f"{hidden_size} columns"
+        )
+    return width
 
 
 def widest(hidden_size: int, round_to: int, fits: Callable[[int], bool]) -> int | None:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sliceserve.slicing.architectures import Sublayer
-from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.layers import DenseLayers
 from sliceserve.slicing.memory import return_freed_memory
 from sliceserve.slicing.modeling import (
@@ -36,27 +35,6 @@ from sliceserve.slicing.rotations import RankRule, align
 from sliceserve.slicing.signals import Signals, make_signals
 from sliceserve.slicing.stopwatch import Stopwatch
 from sliceserve.slicing.survey import Survey
-
-
-def sliced_width(hidden_size: int, fraction: float, round_to: int) -> int:
-    """Return the columns kept: (1 - fraction)·hidden_size, down to a multiple of `round_to`.
-
-    A fraction of 0 keeps all columns, whatever the multiple.
-
-    Raises:
-        UserError: nothing would be left.
-
-    """
-    if fraction == 0:
-        return hidden_size
-    # The tiny addend keeps a product such as 0.7·1000 from falling just below its whole number.
-    width = int((1 - fraction) * hidden_size + 1e-9) // round_to * round_to
-    if width < 1:
-        raise UserError(
-            f"--fraction {fraction} with --round-to {round_to} leaves none of the "
-            f"{hidden_size} columns"
-        )
-    return width
 
 
 @dataclass(frozen=True)

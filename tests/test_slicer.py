@@ -17,7 +17,8 @@ from sliceserve.slicing.layers import DenseLayers
 from sliceserve.slicing.parts import PartWriter, assemble_shards
 from sliceserve.slicing.progress import Progress
 from sliceserve.slicing.rotations import auto_rank, fixed_rank
-from sliceserve.slicing.slicer import SlicePlan, Slicer, sliced_width
+from sliceserve.slicing.shape import sliced_width
+from sliceserve.slicing.slicer import SlicePlan, Slicer
 from sliceserve.slicing.stopwatch import Stopwatch
 from sliceserve.slicing.survey import TAU, Survey, SurveyPlan
 
