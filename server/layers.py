@@ -61,13 +61,20 @@ class LayerBuilder:
     def build(self, path: str, sublayer: Sublayer) -> nn.Module:
         """Make the module at `path` of the layer, which is a link of a branch of `sublayer`."""
         if path == self.architecture.attention:
-            return self.attention(sublayer)
+            attention: Any = self.attention(sublayer)
+            (write,) = (name for name in sublayer.writes if name.startswith(f"{path}."))
+            attention.o_proj = self.linear(RowParallelLinear, write)
+            return attention  # type: ignore[no-any-return]
         if path in sublayer.reads:
             return self.linear(ColumnParallelLinear, path)
         if path in sublayer.writes:
             return self.linear(RowParallelLinear, path)
         if path == "mlp":
             return self.gated_mlp(sublayer)
+        return self.activation()
+
+    def activation(self) -> nn.Module:
+        """Make the activation of an MLP without a gate."""
         names = ("hidden_act", "activation_function")
         (name,) = (getattr(self.config, name) for name in names if hasattr(self.config, name))
         activation: nn.Module = get_act_fn(name)
@@ -90,10 +97,9 @@ class LayerBuilder:
         return f"{path}.bias" in self.shapes
 
     def attention(self, sublayer: Sublayer) -> nn.Module:
-        """Make attention; its output is as wide as the next place of the stream."""
+        """Make attention; its `o_proj` is of the input's width, and to be replaced."""
         config, path = self.config, self.architecture.attention
         reads = [name for name in sublayer.reads if name.startswith(f"{path}.")]
-        (write,) = (name for name in sublayer.writes if name.startswith(f"{path}."))
         heads = config.num_attention_heads
         common: dict[str, Any] = {
             "hidden_size": self.shapes[f"{reads[0]}.weight"][1],
@@ -121,7 +127,6 @@ class LayerBuilder:
                 bias=self.has_bias(reads[0]),
                 **common,
             )
-        attention.o_proj = self.linear(RowParallelLinear, write)
         return attention
 
     def has_norm(self, path: str) -> bool:
@@ -177,16 +182,10 @@ class SlicedDecoderLayer(nn.Module):
         ):
             self.add_module(sublayer.norm, sliced_norm(width, config.hidden_size, eps))
             for path in (path for branch in sublayer.branches for path in branch):
-                self._add(path, builder.build(path, sublayer))
+                add_module(self, path, builder.build(path, sublayer))
             path = f"{prefix}.residual_rotation.{len(rotations)}"
             rotations.append(make_rotation(width, next_width, rank, path))
         self.residual_rotation = nn.ModuleList(rotations)
-
-    def _add(self, path: str, module: nn.Module) -> None:
-        parent, _, name = path.rpartition(".")
-        if parent and parent not in dict(self.named_children()):
-            self.add_module(parent, nn.Module())
-        self.get_submodule(parent).add_module(name, module)
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """Run the layer: [tokens, widths[0]] to [tokens, widths[-1]]."""
@@ -208,6 +207,14 @@ class SlicedDecoderLayer(nn.Module):
                 # vLLM's linears return their bias as well.
                 x = result[0] if isinstance(result, tuple) else result
         return x
+
+
+def add_module(layer: nn.Module, path: str, module: nn.Module) -> None:
+    """Add a module to a layer at a path of one or two names."""
+    parent, _, name = path.rpartition(".")
+    if parent and parent not in dict(layer.named_children()):
+        layer.add_module(parent, nn.Module())
+    layer.get_submodule(parent).add_module(name, module)
 
 
 class LowRankRotation(nn.Module):

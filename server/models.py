@@ -24,6 +24,8 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
+from sliceserve.server.fused import FusedDecoderLayer
+from sliceserve.server.joined import JoinedLinear
 from sliceserve.server.layers import Shapes, SlicedDecoderLayer, plain_linear, sliced_norm
 from sliceserve.slicing.architectures import find_architecture
 from sliceserve.slicing.modeling import HEAD_MAP, expected_shapes
@@ -73,7 +75,10 @@ class SlicedModel(nn.Module):
             index = int(prefix.rsplit(".", 1)[1])
             start, end = index * step, (index + 1) * step
             around, between = widths[start : end + 1], slicing.ranks[start:end]
-            return SlicedDecoderLayer(vllm_config, architecture, around, between, shapes, prefix)
+            # Quantised linears keep to vLLM's own classes, one for each matrix of the checkpoint.
+            fused = vllm_config.quant_config is None
+            kind = FusedDecoderLayer if fused else SlicedDecoderLayer
+            return kind(vllm_config, architecture, around, between, shapes, prefix)
 
         self.start_layer, self.end_layer, self.layers = make_layers(
             config.num_hidden_layers, make_layer, prefix=maybe_prefix(prefix, "layers")
@@ -206,12 +211,15 @@ class SlicedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]  # vLLM is
 
     def _load(self, weights: Iterable[tuple[str, Tensor]], found: Shapes) -> Iterator[str]:
         parameters: dict[str, Any] = dict(self.named_parameters())
+        joined = self._joined_parts()
         for name, tensor in weights:
             found[name] = tuple(tensor.shape)
-            target = name
-            for old, new in RENAMED.items():
-                target = target.replace(old, new)
+            target = rename(name)
             if found[name] != self.shapes.get(name) or is_pp_missing_parameter(target, self):
+                continue
+            if target in joined:
+                path, module, relative = joined[target]
+                yield f"{path}.{module.load(relative, tensor)}"
                 continue
             shard: tuple[str | int, ...] = ()
             for part, (whole, index) in STACKED.items():
@@ -221,3 +229,22 @@ class SlicedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]  # vLLM is
             loader = getattr(parameter, "weight_loader", default_weight_loader)
             loader(parameter, tensor, *shard)
             yield target
+
+    def _joined_parts(self) -> dict[str, tuple[str, JoinedLinear, str]]:
+        """Map checkpoint names to the joined linear that holds them and to the name it knows."""
+        found = {}
+        for path, module in self.named_modules():
+            if isinstance(module, JoinedLinear):
+                layer = path.rsplit(".joined_", 1)[0]
+                for part in module.parts:
+                    for kind in ("weight", "bias"):
+                        name = f"{part.name}.{kind}"
+                        found[rename(f"{layer}.{name}")] = (path, module, name)
+        return found
+
+
+def rename(name: str) -> str:
+    """Return vLLM's name of a tensor of the checkpoint."""
+    for old, new in RENAMED.items():
+        name = name.replace(old, new)
+    return name

@@ -1,0 +1,173 @@
+"""A sliced decoder layer with its rotations fused into its linears: two products a sublayer.
+
+With h = norm(x), a the branches' outputs and [a ‖ b] a concatenation, a sublayer is, for
+
+- a whole rotation S: x ← [a ‖ x]·[W_o ; S];
+- a low-rank one, S = I + A·B: [· ‖ u] = h·[W_in ‖ A], x ← x + [a ‖ ρu]·[W_o ; B], where ρ is the
+  root mean square by which the norm divided x;
+- none: x ← x + a·W_o.
+
+The columns of x (or of u) are sharded over tensor-parallel ranks as those of a are, so that one
+all-reduce sums both.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    divide,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.activation import get_act_and_mul_fn
+
+from sliceserve.server.joined import JoinedLinear, Part, shard
+from sliceserve.server.layers import LayerBuilder, Shapes, add_module, sliced_norm
+from sliceserve.slicing.architectures import Architecture, Sublayer
+from sliceserve.slicing.modeling import ROTATION
+
+Branch = tuple[str, ...]
+
+
+class _Passed(nn.Module):
+    """Stands in attention for a linear whose product the layer has computed, or will."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return x, None
+
+
+class FusedDecoderLayer(nn.Module):
+    """One decoder layer, described by its architecture, on a stream of changing width."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        architecture: Architecture,
+        widths: list[int],
+        ranks: list[int | None],
+        shapes: Shapes,
+        prefix: str,
+    ) -> None:
+        """Make the layer; the arguments are those of `SlicedDecoderLayer`."""
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        eps = architecture.epsilon(config)
+        builder = LayerBuilder(vllm_config, architecture, shapes, prefix)
+        self.architecture, self.ranks = architecture, ranks
+        self.joined_reads, self.joined_writes = nn.ModuleList(), nn.ModuleList()
+        self.input_sizes: list[list[int]] = []
+        self.own_columns: list[tuple[int, int]] = []
+        for index, (sublayer, rank) in enumerate(zip(architecture.sublayers, ranks, strict=True)):
+            width, next_width = widths[index : index + 2]
+            add_module(self, sublayer.norm, sliced_norm(width, config.hidden_size, eps))
+            branches = [self._add_branch(builder, sublayer, path) for path in sublayer.branches]
+            start, size = shard(width if rank is None else rank)
+            self.own_columns.append((start, size))
+            reads = [parts for parts, _ in branches]
+            writes = [part for _, part in branches]
+            rotation = f"{ROTATION}.{index}"
+            if rank is None:
+                writes.append(Part(rotation, start, size))
+            elif rank:
+                reads.append([Part(f"{rotation}.down", start, size)])
+                writes.append(Part(f"{rotation}.up", start, size))
+            self.input_sizes.append([sum(part.size for part in parts) for parts in reads])
+            self.joined_reads.append(
+                self._join(builder, [part for parts in reads for part in parts], 0, width)
+            )
+            self.joined_writes.append(self._join(builder, writes, 1, next_width))
+
+    def _join(self, builder: LayerBuilder, parts: list[Part], axis: int, other: int) -> nn.Module:
+        biased = frozenset(part.name for part in parts if builder.has_bias(part.name))
+        prefix = f"{builder.prefix}.{'joined_writes' if axis else 'joined_reads'}"
+        joined: nn.Module = JoinedLinear(parts, axis, other, biased, prefix)
+        return joined
+
+    def _add_branch(
+        self, builder: LayerBuilder, sublayer: Sublayer, branch: Branch
+    ) -> tuple[list[Part], Part]:
+        """Add a branch's modules; return the parts that it reads with and the one it writes with."""
+        if branch == (self.architecture.attention,):
+            attention: Any = builder.attention(sublayer)
+            attention.qkv_proj = attention.o_proj = _Passed()
+            add_module(self, self.architecture.attention, attention)
+            return _attention_parts(attention, *linears_of(sublayer, branch))
+        reads, write = linears_of(sublayer, branch)
+        width = builder.shapes[f"{write}.weight"][1]
+        size = divide(width, get_tensor_model_parallel_world_size())
+        start = size * get_tensor_model_parallel_rank()
+        if len(branch) > 1:
+            (read,) = reads
+            for path in branch[1:-1]:
+                add_module(self, path, builder.activation())
+            return [Part(read, start, size)], Part(write, start, size)
+        add_module(self, branch[0], get_act_and_mul_fn(builder.config.hidden_act))
+        # Gate and up are two matrices, or the halves of one.
+        starts = [start, start] if len(reads) > 1 else [start, width + start]
+        halves = [
+            Part(name, first, size)
+            for name, first in zip(reads * (3 - len(reads)), starts, strict=True)
+        ]
+        return halves, Part(write, start, size)
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        """Run the layer: [tokens, widths[0]] to [tokens, widths[-1]]."""
+        for index, sublayer in enumerate(self.architecture.sublayers):
+            hidden_states = self._run_sublayer(index, sublayer, positions, hidden_states)
+        return hidden_states
+
+    def _run_sublayer(self, index: int, sublayer: Sublayer, positions: Tensor, x: Tensor) -> Tensor:
+        norm: Any = self.get_submodule(sublayer.norm)
+        rank, (start, size) = self.ranks[index], self.own_columns[index]
+        projected = self.joined_reads[index](norm(x))
+        inputs = torch.split(projected, self.input_sizes[index], dim=-1)
+        outputs = [
+            self._run(branch, positions, y)
+            for branch, y in zip(sublayer.branches, inputs, strict=False)
+        ]
+        if rank is None and size:
+            outputs.append(x[..., start : start + size])
+        elif rank and size:
+            square = x.float().square().mean(-1, keepdim=True)
+            outputs.append(inputs[-1] * (square + norm.variance_epsilon).sqrt().to(x.dtype))
+        writes: Any = self.joined_writes[index]
+        summed = tensor_model_parallel_all_reduce(writes(torch.cat(outputs, dim=-1)))
+        summed = writes.add_biases(summed)
+        return summed if rank is None else x + summed
+
+    def _run(self, branch: Branch, positions: Tensor, y: Tensor) -> Tensor:
+        if branch == (self.architecture.attention,):
+            result: Tensor = self.get_submodule(branch[0])(positions=positions, hidden_states=y)
+            return result
+        for path in branch[1:-1] or branch:
+            y = self.get_submodule(path)(y)
+        return y
+
+
+def linears_of(sublayer: Sublayer, branch: Branch) -> tuple[list[str], str]:
+    """Return the paths of the linears with which a branch reads and writes the stream."""
+
+    def owned(paths: tuple[str, ...]) -> list[str]:
+        return [path for path in paths if any(f"{path}.".startswith(f"{own}.") for own in branch)]
+
+    (write,) = owned(sublayer.writes)
+    return owned(sublayer.reads), write
+
+
+def _attention_parts(attention: Any, reads: list[str], write: str) -> tuple[list[Part], Part]:
+    ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    totals = (attention.total_num_heads, *(attention.total_num_kv_heads,) * 2)
+    counts = (attention.num_heads, *(attention.num_kv_heads,) * 2)
+    # Ranks share key and value heads where there are fewer heads than ranks.
+    firsts = [rank * total // ranks for total in totals]
+    if len(reads) == 1:
+        reads, firsts = reads * 3, [firsts[0], totals[0] + firsts[1], sum(totals[:2]) + firsts[2]]
+    size = attention.head_dim
+    parts = [
+        Part(name, first * size, count * size)
+        for name, first, count in zip(reads, firsts, counts, strict=True)
+    ]
+    return parts, Part(write, rank * counts[0] * size, counts[0] * size)

@@ -1,0 +1,116 @@
+"""One matrix product for several matrices of the checkpoint, sharded over tensor-parallel ranks.
+
+Matrices that read the same input are stacked by rows, those whose outputs are summed side by side
+by columns. So a rotation costs no product of its own: its factors are more rows, or columns, of
+the products that a layer runs anyway.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.linear import LinearBase
+
+ALIGNMENT = 8  # elements; a shard of a rotation starts at a multiple: 16 bytes of bfloat16
+
+
+class Part(NamedTuple):
+    """The shard of one matrix of the checkpoint that this rank holds.
+
+    Attributes:
+        name: of the matrix, relative to the layer and without `.weight`.
+        start: its first row (or column).
+        size: how many.
+
+    """
+
+    name: str
+    start: int
+    size: int
+
+
+def shard(length: int) -> tuple[int, int]:
+    """Return start and size of this rank's share of an axis that need not divide evenly."""
+    ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    step = -(-length // (ranks * ALIGNMENT)) * ALIGNMENT
+    start = min(length, rank * step)
+    return start, min(length, start + step) - start
+
+
+class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
+    """y = x·Wᵀ (+ b) with W joined from parts of matrices [out, in] along one axis, unquantised."""
+
+    def __init__(
+        self, parts: list[Part], axis: int, other: int, biased: frozenset[str], prefix: str
+    ) -> None:
+        """Make the weight, to be filled by `load`.
+
+        Args:
+            parts: in the order in which they are joined.
+            axis: 0 joins outputs (a column-parallel linear), 1 inputs (a row-parallel one).
+            other: the length of the axis that all parts share.
+            biased: names of the parts with a bias, which is as long as a matrix's outputs.
+            prefix: the module's path.
+
+        """
+        joined = sum(part.size for part in parts)
+        sizes = (joined, other) if axis == 0 else (other, joined)
+        super().__init__(input_size=sizes[1], output_size=sizes[0], prefix=prefix)
+        self.parts = parts
+        self.axis = axis
+        self.quant_method.create_weights(
+            self,
+            input_size_per_partition=sizes[1],
+            output_partition_sizes=[sizes[0]],
+            input_size=sizes[1],
+            output_size=sizes[0],
+            params_dtype=self.params_dtype,
+            weight_loader=self.load,
+        )
+        if axis == 0 and biased:
+            bias = nn.Parameter(torch.zeros(joined, dtype=self.params_dtype), requires_grad=False)
+            self.register_parameter("bias", bias)
+        else:
+            self.register_parameter("bias", None)
+        # Outputs of several ranks are summed: their biases are added once, after that.
+        self.summed_biases = nn.ParameterDict(
+            {
+                name.replace(".", "/"): nn.Parameter(
+                    torch.zeros(other, dtype=self.params_dtype), requires_grad=False
+                )
+                for name in sorted(biased if axis == 1 else ())
+            }
+        )
+
+    def load(self, name: str, tensor: Tensor) -> str:
+        """Copy this rank's part of a tensor of the checkpoint; return the parameter's name.
+
+        Args:
+            name: of the tensor, relative to the layer.
+            tensor: the whole of it.
+
+        """
+        path, _, kind = name.rpartition(".")
+        if kind == "bias" and self.axis == 1:
+            key = path.replace(".", "/")
+            self.summed_biases[key].data.copy_(tensor)
+            return f"summed_biases.{key}"
+        target, offset = self.weight.data if kind == "weight" else self.bias.data, 0
+        for part in self.parts:
+            if part.name == path:
+                source = tensor.narrow(self.axis, part.start, part.size)
+                target.narrow(self.axis, offset, part.size).copy_(source)
+            offset += part.size
+        return kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply: [tokens, in of this rank] to [tokens, out of this rank]."""
+        product: Tensor = self.quant_method.apply(self, x, self.bias)
+        return product
+
+    def add_biases(self, x: Tensor) -> Tensor:
+        """Add the biases of summed outputs."""
+        for bias in self.summed_biases.values():
+            x = x + bias
+        return x
