@@ -1,7 +1,7 @@
 """Write config.json of a dense model's shape and of the same sliced, for runs with dummy weights.
 
-python benchmarks/make_shape.py llama-2-7b OUT --fraction 0.25
-python benchmarks/throughput.py OUT/dense OUT/sliced --load-format dummy --requests 1 64
+python benchmarks/make_shape.py llama-2-7b OUT --fraction 0.25 --rotation low-rank
+python benchmarks/throughput.py OUT/dense OUT/low-rank-0.25 --load-format dummy --requests 1 64
 """
 
 import argparse
@@ -16,34 +16,66 @@ from transformers import AutoModelForCausalLM
 from sliceserve.slicing.architectures import find_architecture
 from sliceserve.slicing.config import sliced_config
 from sliceserve.slicing.modeling import expected_shapes
+from sliceserve.slicing.rotations import default_rank
 from sliceserve.slicing.shape import sliced_width
+
+ROTATIONS = ("dense", "low-rank", "shared")
+
+
+def write_dense_shape(shape: str, directory: Path) -> int:
+    """Write the config of a shape; return its parameters."""
+    config = dense_config(shape)
+    config.save_pretrained(directory)
+    return dense_parameters(shape)
+
+
+def dense_parameters(shape: str) -> int:
+    """Count the parameters of a shape."""
+    with init_empty_weights():
+        count: int = AutoModelForCausalLM.from_config(dense_config(shape)).num_parameters()
+    return count
+
+
+def write_sliced_shape(
+    shape: str, directory: Path, fraction: float, rotation: str, round_to: int, rank: int | None
+) -> int:
+    """Write the config of a sliced shape; return its parameters, rotations and head included."""
+    dense = dense_config(shape)
+    width = sliced_width(dense.hidden_size, fraction, round_to)
+    places = 2 * dense.num_hidden_layers
+    turned = {"dense": None, "low-rank": rank or default_rank(dense.hidden_size), "shared": 0}
+    last = dense.hidden_size if rotation == "dense" else width
+    config = sliced_config(
+        dense,
+        find_architecture("LlamaForCausalLM"),
+        [width] * places + [last],
+        [turned[rotation]] * places,
+        dense_parameters(shape),
+        "bfloat16",
+    )
+    config.save_pretrained(directory)
+    return sum(torch.Size(size).numel() for size in expected_shapes(config).values())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--fraction", type=float, default=0.25)
+    parser.add_argument("--fraction", type=float, nargs="+", default=[0.25])
+    parser.add_argument("--rotation", choices=ROTATIONS, nargs="+", default=ROTATIONS)
+    parser.add_argument("--rank", type=int, help="of low-rank rotations (default: the slicer's)")
     parser.add_argument("--round-to", type=int, default=128)
     options = parser.parse_args()
-    dense = dense_config(options.shape)
-    hidden_size, layers = dense.hidden_size, dense.num_hidden_layers
-    with init_empty_weights():
-        parameters = AutoModelForCausalLM.from_config(dense).num_parameters()
-    width = sliced_width(hidden_size, options.fraction, options.round_to)
-    sliced = sliced_config(
-        dense,
-        find_architecture("LlamaForCausalLM"),
-        [width] * (2 * layers) + [hidden_size],
-        [None] * (2 * layers),
-        parameters,
-        "bfloat16",
-    )
-    dense.save_pretrained(options.output / "dense")
-    sliced.save_pretrained(options.output / "sliced")
-    stored = sum(torch.Size(shape).numel() for shape in expected_shapes(sliced).values())
-    print(f"dense  {parameters:,} parameters, width {hidden_size}")
-    print(f"sliced {stored:,} parameters ({stored / parameters:.1%}), width {width}")
+    dense = write_dense_shape(options.shape, options.output / "dense")
+    print(f"dense {dense:,} parameters")
+    for fraction in options.fraction:
+        for rotation in options.rotation:
+            name = f"{rotation}-{fraction}"
+            count = write_sliced_shape(
+                options.shape, options.output / name, fraction, rotation, options.round_to,
+                options.rank,
+            )  # fmt: skip
+            print(f"{name} {count:,} parameters ({count / dense:.1%})")
     return 0
 
 

@@ -9,6 +9,7 @@ SHAPES = {
     "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "layers": 32, "kv_heads": 32},
     "llama-2-13b": {"hidden_size": 5120, "intermediate_size": 13824, "layers": 40, "kv_heads": 40},
     "llama-2-70b": {"hidden_size": 8192, "intermediate_size": 28672, "layers": 80, "kv_heads": 8},
+    "tiny": {"hidden_size": 256, "intermediate_size": 704, "layers": 2, "kv_heads": 2},
     "narrow": {"hidden_size": 1024, "intermediate_size": 8192, "layers": 24, "kv_heads": 8},
 }
 

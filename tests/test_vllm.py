@@ -26,9 +26,15 @@ TOLERANCE = 3e-2 if torch.cuda.is_available() else 1e-3
 def run_vllm(
     directories: list[Path], prompts: list[list[int]], tokens: int, options: dict[str, Any]
 ) -> subprocess.CompletedProcess[str]:
-    script = Path(__file__).with_name("vllm_generate.py")
-    names = [str(directory) for directory in directories]
-    request = {"directories": names, "prompts": prompts, "tokens": tokens}
+    request = {"prompts": prompts, "tokens": tokens}
+    return run_script("vllm_generate.py", directories, request, options)
+
+
+def run_script(
+    name: str, directories: list[Path], request: dict[str, Any], options: dict[str, Any]
+) -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).with_name(name)
+    request = request | {"directories": [str(directory) for directory in directories]}
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if options.get("tensor_parallel_size") or options.get("pipeline_parallel_size"):
         # Two workers share the cores; vLLM's own binding wants a NUMA node for each.
@@ -48,9 +54,12 @@ def run_vllm(
 def generate_each(
     directories: list[Path], prompts: list[list[int]], tokens: int, options: dict[str, Any]
 ) -> list[list[dict[str, Any]]]:
-    result = run_vllm(directories, prompts, tokens, options)
+    return read_results(run_vllm(directories, prompts, tokens, options), len(directories))
+
+
+def read_results(result: subprocess.CompletedProcess[str], count: int) -> list[Any]:
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
-    assert len(lines) == len(directories), result.stdout[-3000:] + result.stderr[-6000:]
+    assert len(lines) == count, result.stdout[-3000:] + result.stderr[-6000:]
     return [json.loads(line.removeprefix("RESULT ")) for line in lines]
 
 
@@ -145,6 +154,15 @@ def test_vllm_agrees_for_every_architecture(
         for ours, theirs in zip(got, expected, strict=True):
             assert ours["tokens"] == theirs["tokens"], name
             assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=TOLERANCE), name
+
+
+def test_rotations_need_no_all_reduce_of_their_own(others: dict[str, Path], uneven: Path) -> None:
+    """One for the embedding and one a sublayer, as in the dense model."""
+    models = [uneven.with_name("dense"), uneven, others["llama-tied-low-rank"]]
+    options = {"tensor_parallel_size": 2, "dtype": "float32"}
+    counts = read_results(run_script("vllm_all_reduces.py", models, {}, options), len(models))
+    layers = json.loads((uneven / "config.json").read_text())["num_hidden_layers"]
+    assert counts == [[1 + 2 * layers] * 2] * 3
 
 
 def test_fraction_zero_gives_the_dense_models_tokens(

@@ -1,0 +1,279 @@
+"""What each form of a sliced model costs in vLLM: a shape with dummy weights, dense against sliced.
+
+    python benchmarks/forms.py llama-2-7b OUT --fraction 0.25
+    python benchmarks/forms.py llama-2-70b OUT --fraction 0.2 0.25 0.3 --tensor-parallel 2 \\
+        --fewer 1
+
+Every row runs in a process of its own and is kept in OUT/rows.jsonl, so that a run that was stopped
+goes on where it was; the table comes last. `--fewer N` adds the sliced models on N GPUs; `--gpus`
+says how many this machine has: rows that need fewer run beside each other.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from make_shape import ROTATIONS, write_dense_shape, write_sliced_shape
+from shapes import SHAPES
+from tqdm import tqdm
+
+MARK = "ROW "
+INPUT, STEPS = 128, 128
+CAPTURED = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+NAMES = {"dense": "whole rotations", "low-rank": "low-rank", "shared": "shared basis"}
+COLUMNS = {
+    "name": "form",
+    "gpus": "GPUs",
+    "parameters": "parameters",
+    "batch_1": "ms/token, batch 1",
+    "batch_64": "ms/step, batch 64",
+    "prefill": "prefill tok/s, 16×2048",
+    "throughput": "tok/s, 256 × (128 in, 256 out)",
+    "kv_tokens": "KV cache, tokens",
+    "gpu_ms": "GPU-ms/token, batch 1",
+    "gpu_ms_64": "GPU-ms/token, batch 64",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model on some GPUs."""
+
+    name: str
+    directory: Path
+    parameters: int
+    tensor_parallel: int
+    pipeline_parallel: int
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs it runs on."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def key(self) -> str:
+        """A name of its own."""
+        return f"{self.name} tp{self.tensor_parallel} pp{self.pipeline_parallel}"
+
+
+def measure(row: dict[str, Any], utilization: float, full: bool) -> dict[str, Any]:
+    """Measure a model, best of three runs (throughput: one), on the GPUs that this process sees."""
+    from vllm import LLM, SamplingParams
+
+    start = time.perf_counter()
+    llm = LLM(
+        model=row["directory"],
+        load_format="dummy",
+        dtype="bfloat16",
+        max_model_len=2064,
+        max_num_seqs=256,
+        max_num_batched_tokens=8192,
+        gpu_memory_utilization=utilization,
+        tensor_parallel_size=row["tensor_parallel"],
+        pipeline_parallel_size=row["pipeline_parallel"],
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        compilation_config={"cudagraph_capture_sizes": CAPTURED},
+    )
+    cache = llm.llm_engine.vllm_config.cache_config
+    result = {
+        "kv_tokens": cache.num_gpu_blocks * cache.block_size,
+        "startup": time.perf_counter() - start,
+    }
+
+    def seconds(prompts: int, length: int, output: int, repeats: int = 3) -> float:
+        sampling = SamplingParams(
+            temperature=0, max_tokens=output, ignore_eos=True, detokenize=False
+        )
+        times = []
+        for repeat in range(repeats):
+            batch: list[Any] = [
+                {
+                    "prompt_token_ids": [
+                        (7919 * (position + 31 * prompt + 7 * repeat)) % 32000
+                        for position in range(length)
+                    ]
+                }
+                for prompt in range(prompts)
+            ]
+            start = time.perf_counter()
+            llm.generate(batch, sampling, use_tqdm=False)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    for batch in (1, 64):
+        # The difference of two lengths leaves out the prompts' prefill.
+        seconds(batch, INPUT, 2, 1)
+        took = seconds(batch, INPUT, STEPS + 1) - seconds(batch, INPUT, 1)
+        result[f"batch_{batch}"] = took / STEPS * 1e3
+    result["prefill"] = 16 * 2048 / seconds(16, 2048, 1)
+    if full:
+        result["throughput"] = 256 * 256 / seconds(256, INPUT, 256, 1)
+    return result
+
+
+def plan(options: argparse.Namespace) -> list[Row]:
+    """Write the configs and list the rows: the dense model first."""
+    tensor, pipeline = options.tensor_parallel, options.pipeline_parallel
+    work: Path = options.output
+    dense = write_dense_shape(options.shape, work / "dense")
+    rows = [Row("dense", work / "dense", dense, tensor, pipeline)]
+    for fraction in options.fraction:
+        for rotation in options.rotation:
+            name = f"{fraction:.0%} {NAMES[rotation]}"
+            directory = work / f"{rotation}-{fraction}"
+            count = write_sliced_shape(
+                options.shape, directory, fraction, rotation, options.round_to, options.rank
+            )
+            rows.append(Row(name, directory, count, tensor, pipeline))
+        if options.fewer:
+            few = rows[-len(options.rotation) :]
+            rows += [
+                replace(row, tensor_parallel=options.fewer, pipeline_parallel=1) for row in few
+            ]
+    return rows
+
+
+def run_rows(rows: list[Row], options: argparse.Namespace) -> dict[str, Any]:
+    """Run the rows, as many at once as fit on the GPUs; return the results by key."""
+    record: Path = options.output / "rows.jsonl"
+    done: dict[str, Any] = {}
+    if record.exists():
+        done = {row["key"]: row for row in map(json.loads, record.read_text().splitlines())}
+    waiting = [row for row in rows if row.key not in done]
+    if options.only:
+        waiting = [row for row in waiting if any(text in row.key for text in options.only)]
+    free, running = set(range(options.gpus)), []
+    end = time.monotonic() + options.time_limit
+    with tqdm(total=len(waiting), desc="rows", unit="row") as bar:
+        while waiting or running:
+            fitting = [row for row in waiting if row.gpus <= len(free)]
+            if fitting and time.monotonic() < end:
+                row = fitting[0]
+                waiting.remove(row)
+                taken = [free.pop() for _ in range(row.gpus)]
+                running.append((row, taken, start_row(row, taken, options)))
+            for entry in running[:]:
+                row, taken, process = entry
+                if process.poll() is None:
+                    continue
+                running.remove(entry)
+                free.update(taken)
+                log = log_of(row, options).read_text(errors="replace")
+                lines = [line for line in log.splitlines() if line.startswith(MARK)]
+                if lines:
+                    done[row.key] = {"key": row.key} | json.loads(lines[-1].removeprefix(MARK))
+                    with record.open("a") as file:
+                        file.write(json.dumps(done[row.key]) + "\n")
+                    tqdm.write(f"{row.key}: {lines[-1].removeprefix(MARK)}")
+                else:
+                    tqdm.write(f"{row.key} failed: {reason(log)}")
+                bar.update()
+            if not running and time.monotonic() >= end:
+                break
+            time.sleep(0.2)
+    return done
+
+
+def log_of(row: Row, options: argparse.Namespace) -> Path:
+    """Where a row's process writes."""
+    path: Path = options.output / (row.key.replace(" ", "_").replace("%", "") + ".log")
+    return path
+
+
+def reason(log: str) -> str:
+    """Return the last line of a log that names an error."""
+    lines = [line.strip() for line in log.splitlines() if "Error" in line]
+    return lines[-1][-400:] if lines else log[-400:]
+
+
+def start_row(row: Row, gpus: list[int], options: argparse.Namespace) -> "subprocess.Popen[str]":
+    """Start the measurement of a row on some GPUs."""
+    request = {
+        "directory": str(row.directory),
+        "tensor_parallel": row.tensor_parallel,
+        "pipeline_parallel": row.pipeline_parallel,
+    }
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, sorted(gpus)))}
+    if row.gpus == 1:
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    command = [
+        sys.executable, __file__, options.shape, str(options.output), "--row", json.dumps(request),
+        "--gpu-memory-utilization", str(options.gpu_memory_utilization),
+        *(["--no-throughput"] if options.no_throughput else []),
+    ]  # fmt: skip
+    with log_of(row, options).open("w") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+
+
+def table(rows: list[Row], done: dict[str, Any]) -> str:
+    """Return the rows as Markdown, times and rates with their ratio to the first row's."""
+    lines = [f"| {' | '.join(COLUMNS.values())} |", f"| --- |{' ---: |' * (len(COLUMNS) - 1)}"]
+    first = None
+    for row in rows:
+        if row.key not in done:
+            continue
+        values = done[row.key] | {
+            "name": row.name + (" (pipeline)" if row.pipeline_parallel > 1 else ""),
+            "gpus": row.gpus,
+            "parameters": row.parameters,
+            "gpu_ms": row.gpus * done[row.key]["batch_1"],
+            "gpu_ms_64": row.gpus * done[row.key]["batch_64"] / 64,
+        }
+        first = first or values
+        cells = []
+        for key in COLUMNS:
+            value = values.get(key)
+            if value is None:
+                cells.append("")
+            elif isinstance(value, float):
+                text = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+                cells.append(text if values is first else f"{text} ({value / first[key]:.3f})")
+            else:
+                cells.append(value if isinstance(value, str) else f"{value:,}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("output", type=Path, metavar="OUT")
+    parser.add_argument("--fraction", type=float, nargs="+", default=[0.25])
+    parser.add_argument("--rotation", choices=ROTATIONS, nargs="+", default=list(ROTATIONS))
+    parser.add_argument("--rank", type=int, help="of low-rank rotations (default: the slicer's)")
+    parser.add_argument("--round-to", type=int, default=128)
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--pipeline-parallel", type=int, default=1)
+    parser.add_argument("--fewer", type=int, help="GPUs for a second run of each sliced model")
+    parser.add_argument("--gpus", type=int, default=1, help="of this machine")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--no-throughput", action="store_true", help="leave that column out")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", help="rows whose name has one of these"
+    )
+    parser.add_argument(
+        "--time-limit", type=float, default=1e9, help="seconds; starts no row after"
+    )
+    parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        result = measure(options.row, options.gpu_memory_utilization, not options.no_throughput)
+        print(MARK + json.dumps(result), flush=True)
+        return 0
+    rows = plan(options)
+    done = run_rows(rows, options)
+    print(table(rows, done))
+    return 0 if all(row.key in done for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
