@@ -89,7 +89,7 @@ class FusedDecoderLayer(nn.Module):
     def _add_branch(
         self, builder: LayerBuilder, sublayer: Sublayer, branch: Branch
     ) -> tuple[list[Part], Part]:
-        """Add a branch's modules; return the parts that it reads with and the one it writes with."""
+        """Add a branch's modules; return the parts that it reads with and that it writes with."""
         if branch == (self.architecture.attention,):
             attention: Any = builder.attention(sublayer)
             attention.qkv_proj = attention.o_proj = _Passed()
@@ -124,17 +124,22 @@ class FusedDecoderLayer(nn.Module):
         rank, (start, size) = self.ranks[index], self.own_columns[index]
         projected = self.joined_reads[index](norm(x))
         inputs = torch.split(projected, self.input_sizes[index], dim=-1)
+        # Bound to a name before attention splits the graph: vLLM compiles equal layers once only if
+        # what crosses attention is not named after an operation, as an element of a tuple is.
+        beside = None
+        if rank is None and size:
+            beside = x[..., start : start + size]
+        elif rank and size:
+            square = x.float().square().mean(-1, keepdim=True)
+            beside = inputs[-1] * (square + norm.variance_epsilon).sqrt().to(x.dtype)
         outputs = [
             self._run(branch, positions, y)
             for branch, y in zip(sublayer.branches, inputs, strict=False)
         ]
-        if rank is None and size:
-            outputs.append(x[..., start : start + size])
-        elif rank and size:
-            square = x.float().square().mean(-1, keepdim=True)
-            outputs.append(inputs[-1] * (square + norm.variance_epsilon).sqrt().to(x.dtype))
+        if beside is not None:
+            outputs.append(beside)
         writes: Any = self.joined_writes[index]
-        summed = tensor_model_parallel_all_reduce(writes(torch.cat(outputs, dim=-1)))
+        summed: Tensor = tensor_model_parallel_all_reduce(writes(torch.cat(outputs, dim=-1)))
         summed = writes.add_biases(summed)
         return summed if rank is None else x + summed
 

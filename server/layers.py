@@ -1,7 +1,8 @@
-"""Decoder layers of a sliced model in vLLM: our residual stream around vLLM's attention and MLP.
+"""Decoder layers of a quantised sliced model in vLLM: vLLM's own linears, and rotations beside them.
 
 Every sublayer moves the stream by x ← x·S + Σ branch(norm(x)); widths may change at each.
 Under tensor parallelism rotations are replicated: they need no communication of their own.
+Layers that are not quantised are those of `sliceserve.server.fused`.
 """
 
 from typing import Any
