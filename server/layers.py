@@ -1,4 +1,4 @@
-"""Decoder layers of a quantised sliced model in vLLM: vLLM's own linears, and rotations beside them.
+"""Decoder layers of a quantised sliced model in vLLM: its own linears, and rotations beside them.
 
 Every sublayer moves the stream by x ← x·S + Σ branch(norm(x)); widths may change at each.
 Under tensor parallelism rotations are replicated: they need no communication of their own.
