@@ -107,11 +107,12 @@ def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument(
         "--calibration",
-        default="wikitext2-excerpt",
+        default="mixture",
         metavar="NAME|FILE|self",
-        help="a UTF-8 text file; a .jsonl file with a document a line under text or messages; "
-        "wikitext2-excerpt, which ships with the package; wikitext2, ptb, c4 or alpaca from the "
-        "hub; self, for text that the dense model writes (it must fit on the device)",
+        help="a UTF-8 text file; a .jsonl file with a document a line under text or messages, and "
+        "their kind; mixture, of several kinds, or wikitext2-excerpt, which ship with the package; "
+        "wikitext2, ptb, c4 or alpaca from the hub; self, for text that the dense model writes (it "
+        "must fit on the device)",
     )
     parser.add_argument("--samples", type=_positive, default=64, help="calibration windows")
     parser.add_argument("--sequence-length", type=_window, default=2048, help="tokens in a window")

@@ -10,7 +10,11 @@ from typing import Any
 from sliceserve.slicing.errors import UserError, reading, reason
 
 DATA = Path(__file__).with_name("data")
-SHIPPED = {"wikitext2-excerpt": DATA / "wikitext2-train-excerpt.txt"}
+MIXTURE = "mixture"
+SHIPPED = {
+    MIXTURE: DATA / "mixture.jsonl",
+    "wikitext2-excerpt": DATA / "wikitext2-train-excerpt.txt",
+}
 HELD_OUT = DATA / "wikitext2-test-excerpt.txt"
 
 Document = str | list[dict[str, Any]]  # a text, or the messages of a chat
@@ -18,11 +22,25 @@ Document = str | list[dict[str, Any]]  # a text, or the messages of a chat
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents, the name the user gave them, and the SHA-256 (hex) of what was read."""
+    """Text for calibration or measuring.
+
+    Attributes:
+        name: what the user gave.
+        documents: texts or chats.
+        sha256: of what was read, hex.
+        kinds: of text, one entry a document; all the same where the source names none.
+
+    """
 
     name: str
     documents: Sequence[Document]
     sha256: str
+    kinds: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Give documents of no kind the name of the corpus."""
+        if not self.kinds:
+            object.__setattr__(self, "kinds", [self.name] * len(self.documents))
 
 
 @dataclass(frozen=True)
@@ -81,7 +99,8 @@ def read_corpus(name: str, argument: str, part: str = "calibration") -> Corpus:
 
     Args:
         name: a text that ships with the package, a data set of `HUB`, a .jsonl file with one
-            document a line under "text" or "messages", or any other UTF-8 file.
+            document a line under "text" or "messages" (and, if it likes, the "kind" of text), or
+            any other UTF-8 file.
         argument: the option it was given to, for the error.
         part: of a data set: "calibration" or "held out".
 
@@ -100,13 +119,16 @@ def read_corpus(name: str, argument: str, part: str = "calibration") -> Corpus:
         content = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{argument} {name!r} is not UTF-8 text: {error}") from error
-    jsonl = path.suffix == ".jsonl"
-    documents = _parse_jsonl(content, f"{argument} {name!r}") if jsonl else [content]
-    return Corpus(name, documents, hashlib.sha256(raw).hexdigest())
+    sha256 = hashlib.sha256(raw).hexdigest()
+    if path.suffix != ".jsonl":
+        return Corpus(name, [content], sha256)
+    documents, kinds = _parse_jsonl(content, f"{argument} {name!r}")
+    return Corpus(name, documents, sha256, [kind or name for kind in kinds])
 
 
-def _parse_jsonl(content: str, what: str) -> list[Document]:
+def _parse_jsonl(content: str, what: str) -> tuple[list[Document], list[str]]:
     documents: list[Document] = []
+    kinds: list[str] = []
     # Not splitlines(): JSON strings may hold U+2028 and the like as they are.
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
@@ -121,7 +143,8 @@ def _parse_jsonl(content: str, what: str) -> list[Document]:
             documents.append(messages)
         else:
             raise UserError(f'{what}, line {number}, has neither a "text" nor a list of "messages"')
-    return documents
+        kinds.append(str(fields.get("kind", "")))
+    return documents, kinds
 
 
 def _read_hub(name: str, argument: str, part: str) -> Corpus:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import transformers
 
-from sliceserve.slicing.calibration import check_vocabulary, pick_windows
+from sliceserve.slicing.calibration import check_vocabulary, pick_calibration
 from sliceserve.slicing.checkpoint import (
     PROVENANCE,
     SPECTRUM,
@@ -24,10 +24,11 @@ from sliceserve.slicing.checkpoint import (
     read_checkpoint_summary,
     staged_directory,
 )
-from sliceserve.slicing.corpora import Corpus, read_corpus
+from sliceserve.slicing.corpora import MIXTURE, Corpus, read_corpus
 from sliceserve.slicing.dense import DenseModel, open_dense_model
-from sliceserve.slicing.devices import checked_device, layers_dtype
+from sliceserve.slicing.devices import checked_device, layers_dtype, within_memory
 from sliceserve.slicing.errors import UserError, reason
+from sliceserve.slicing.heldout import HELD_OUT_WINDOWS, measure_held_out
 from sliceserve.slicing.layers import DenseLayers
 from sliceserve.slicing.memory import TOKENS_PER_BATCH, peak_bytes, signal_budget
 from sliceserve.slicing.parts import PartWriter, assemble_shards, remove_shards
@@ -85,7 +86,7 @@ class SliceOptions:
     rank: int | str | None = None
     basis: str = "output-aware"
     refit: str = "output"
-    calibration: str = "wikitext2-excerpt"
+    calibration: str = MIXTURE
     samples: int = 64
     sequence_length: int = 2048
     round_to: int = 8
@@ -140,16 +141,18 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
     hidden_size = model.config.hidden_size
     tokenizer = load_tokenizer(model.location)
     check_positions(options, model)
-    windows = None
+    windows, held_out = None, {}
     if corpus:
-        windows = pick_windows(
+        picked = pick_calibration(
             corpus,
             tokenizer,
             options.samples,
             options.sequence_length,
             options.seed,
             "--calibration",
+            HELD_OUT_WINDOWS,
         )
+        windows, held_out = picked.windows, picked.held_out
         check_vocabulary(windows, model.config.vocab_size)
     dtype = getattr(torch, options.dtype) if options.dtype else model.dtype
     shape = choose_shape(options, model, dtype)
@@ -187,15 +190,16 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
             remove_shards(staging)
         sha256 = hasher.submit(model.sha256)
         if windows is None:
-            windows = write_windows(
+            written = write_windows(
                 unfinished / "windows.safetensors",
                 model,
                 tokenizer,
-                (options.samples, options.sequence_length),
+                (options.samples + HELD_OUT_WINDOWS, options.sequence_length),
                 options.seed,
                 device,
                 show_progress,
             )
+            windows, held_out = written[: options.samples], {SELF: written[options.samples :]}
 
         def attempt(model: DenseModel, windows_per_batch: int) -> tuple[Slicer, Progress]:
             stopwatch = Stopwatch(device)
@@ -231,6 +235,10 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
         record["calibration"]["tokens_sha256"] = hashlib.sha256(
             windows.numpy().tobytes()
         ).hexdigest()
+        with slicer.stopwatch("measuring"), within_memory(device):
+            record["held_out"] = measure_held_out(
+                model, staging, held_out, device, forward_dtype, show_progress
+            )
         (staging / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
         read_checkpoint_summary(staging)
         shutil.rmtree(progress.directory)

@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 from sliceserve.slicing.checkpoint import CheckpointSummary
+from sliceserve.slicing.heldout import describe_held_out
 
 
 def as_fields(summary: CheckpointSummary) -> dict[str, Any]:
@@ -47,7 +48,10 @@ def describe(summary: CheckpointSummary) -> str:
         )
     if summary.ratio >= 1:
         lines["note"] = "not smaller than the dense model: rotations and an untied head outweigh it"
-    return "\n".join(f"{name:<12} {text}" for name, text in lines.items())
+    text = "\n".join(f"{name:<12} {text}" for name, text in lines.items())
+    if held_out := summary.provenance.get("held_out"):
+        text += f"\n\nperplexity on text held out\n{describe_held_out(held_out)}\n"
+    return text
 
 
 def describe_ranks(ranks: list[int | None]) -> str:

@@ -1,7 +1,8 @@
 """Calibration text that the dense model writes itself, for users who have none.
 
-Sampled from the model at temperature 1, every document begun with a random token (LLM-QAT, arXiv
-2305.17888, section 3.1). Where a document ends, another begins: there is nothing to pad.
+Sampled from the model at temperature 1. A document begins with a random token (LLM-QAT, arXiv
+2305.17888, section 3.1); every other one, where the tokenizer has a chat template, is the answer to
+a request of many kinds. Where a document ends, another begins: there is nothing to pad.
 """
 
 import os
@@ -21,11 +22,14 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from sliceserve.slicing.corpora import DATA
 from sliceserve.slicing.dense import DenseModel
 from sliceserve.slicing.devices import within_memory
+from sliceserve.slicing.errors import reading
 from sliceserve.slicing.weights import write_tensors
 
 SELF = "self"
+PROMPTS = DATA / "prompts.txt"
 CACHE_SHARE = 0.5  # of the memory that is free beside the model
 
 
@@ -83,6 +87,7 @@ def sample_windows(
     words = [token for token in range(len(tokenizer)) if token not in special]
     generator = torch.Generator().manual_seed(seed)
     first = torch.tensor(words)[torch.randint(len(words), (samples, 1), generator=generator)]
+    prompts = chat_prompts(tokenizer)
     config = GenerationConfig(
         do_sample=True, top_k=0, max_new_tokens=sequence_length - 1, pad_token_id=words[0]
     )
@@ -100,11 +105,14 @@ def sample_windows(
         torch.manual_seed(seed)
         for start in range(0, samples, size):
             batch = first[start : start + size].to(model.device)
+            documents = _Documents(words, prompts, tokenizer.eos_token_id, generator, len(batch))
+            for row in range(1 if prompts else len(batch), len(batch), 2):
+                batch[row] = documents.begin_prompt(row)
             written = model.generate(
                 batch,
                 attention_mask=torch.ones_like(batch),
                 generation_config=config,
-                logits_processor=LogitsProcessorList([_NewDocuments(words, tokenizer)]),
+                logits_processor=LogitsProcessorList([documents]),
                 stopping_criteria=StoppingCriteriaList([_Progress(bar)]),
             )
             parts.append(written.cpu())
@@ -124,20 +132,68 @@ def _windows_at_once(model: Any, samples: int, sequence_length: int) -> int:
     return max(1, min(samples, int(CACHE_SHARE * free / (numbers * model.dtype.itemsize))))
 
 
-class _NewDocuments(LogitsProcessor):  # type: ignore[misc]
-    """Begins a document with a random token where one has ended; others come from the model."""
+def chat_prompts(tokenizer: Any) -> list[list[int]]:
+    """Return the token ids of requests of many kinds, up to where the model is to answer.
 
-    def __init__(self, words: list[int], tokenizer: Any) -> None:
+    None where the tokenizer has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    with reading("the chat template, for calibration text that the model writes,"):
+        return [
+            tokenizer(
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": request}],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                ),
+                add_special_tokens=False,
+            )["input_ids"]
+            for request in PROMPTS.read_text(encoding="utf-8").split("\n")
+            if request
+        ]
+
+
+class _Documents(LogitsProcessor):  # type: ignore[misc]
+    """Begins a document where one has ended; what the model says goes on everywhere else."""
+
+    def __init__(
+        self,
+        words: list[int],
+        prompts: list[list[int]],
+        end: int | None,
+        generator: torch.Generator,
+        rows: int,
+    ) -> None:
         self.words = words
-        self.ends = tokenizer.eos_token_id
+        self.prompts = prompts
+        self.end = end
+        self.generator = generator
+        self.forced: list[list[int]] = [[] for _ in range(rows)]  # what is left of a prompt
+        self.answers = [False] * rows  # whether a row's document answers a prompt
+
+    def begin_prompt(self, row: int) -> int:
+        """Begin a document with a random prompt; return its first token."""
+        index = int(torch.randint(len(self.prompts), (), generator=self.generator))
+        first, *self.forced[row] = self.prompts[index]
+        self.answers[row] = True
+        return first
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.ends is None:
-            return scores
-        uniform = torch.full_like(scores, -torch.inf)
-        uniform[:, self.words] = 0
-        ended = input_ids[:, -1:] == self.ends
-        return torch.where(ended, uniform, scores)
+        last = input_ids[:, -1].tolist()
+        for row, forced in enumerate(self.forced):
+            if forced:
+                allowed = [forced.pop(0)]
+            elif last[row] != self.end or self.end is None:
+                continue
+            elif self.prompts and not self.answers[row]:
+                allowed = [self.begin_prompt(row)]
+            else:
+                self.answers[row] = False
+                allowed = self.words
+            scores[row] = -torch.inf
+            scores[row, allowed] = 0
+        return scores
 
 
 class _Progress(StoppingCriteria):  # type: ignore[misc]

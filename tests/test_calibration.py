@@ -15,11 +15,11 @@ from shapes import byte_tokenizer
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from sliceserve.slicing.calibration import pick_windows
+from sliceserve.slicing.calibration import pick_calibration, pick_windows
 from sliceserve.slicing.corpora import HUB, read_corpus
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
-from sliceserve.slicing.selftext import sample_windows
+from sliceserve.slicing.selftext import PROMPTS, sample_windows
 from sliceserve.slicing.slicer import Slicer
 
 DOCUMENTS = [f"document {number} " + "x" * number for number in range(40)]
@@ -68,7 +68,11 @@ def test_messages_go_through_the_chat_template(tmp_path: Path) -> None:
     ]
     name = write_jsonl(tmp_path / "chats.jsonl", [{"messages": turns}] * 20)
     tokenizer = byte_tokenizer()
-    with pytest.raises(UserError, match="chat template"):
+    windows = pick_windows(read_corpus(name, "--t"), tokenizer, 2, 64, 0, "--t")
+    expected = "\n\n".join(["Hello\u2028there\n\nHi"] * 20).encode()[:128]
+    assert tokenizer.decode(windows.flatten()).encode() == expected
+    tokenizer.chat_template = "{{ raise_exception('only one turn') }}"
+    with pytest.raises(UserError, match=r"the chat template, .*: only one turn"):
         pick_windows(read_corpus(name, "--t"), tokenizer, 2, 64, 0, "--t")
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
@@ -76,6 +80,32 @@ def test_messages_go_through_the_chat_template(tmp_path: Path) -> None:
     windows = pick_windows(read_corpus(name, "--t"), tokenizer, 2, 64, 0, "--t")
     expected = "\n\n".join(["[user]Hello\u2028there[assistant]Hi"] * 20).encode()[:128]
     assert tokenizer.decode(windows.flatten()).encode() == expected
+
+
+def test_kinds_of_text_share_the_windows(tmp_path: Path) -> None:
+    rows = [
+        {"kind": kind, "text": letter * 40} for kind, letter in (("a", "x"), ("b", "y"), ("", "z"))
+    ]
+    name = write_jsonl(tmp_path / "kinds.jsonl", rows * 10)
+    picked = pick_calibration(read_corpus(name, "--t"), byte_tokenizer(), 4, 64, 0, "--t", 2)
+    texts = [byte_tokenizer().decode(window) for window in picked.windows]
+    assert [set(text.strip()) - {"\n"} for text in texts] == [{"x"}, {"x"}, {"y"}, {"z"}]
+    assert {kind: len(windows) for kind, windows in picked.held_out.items()} == {
+        "a": 2, "b": 2, name: 2,
+    }  # fmt: skip
+    assert set(byte_tokenizer().decode(picked.held_out["b"][0])) - {"\n"} == {"y"}
+    with pytest.raises(UserError, match="its a, is too short for --samples 90"):
+        pick_windows(read_corpus(name, "--t"), byte_tokenizer(), 90, 64, 0, "--t")
+
+
+def test_windows_held_out_are_not_calibrated_on(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.txt"
+    path.write_text(" ".join(map(str, range(1000))))
+    picked = pick_calibration(read_corpus(str(path), "--t"), byte_tokenizer(), 50, 64, 0, "--t", 5)
+    windows = {tuple(window.tolist()) for window in picked.windows}
+    (held_out,) = picked.held_out.values()
+    assert len(windows) == 50
+    assert len({tuple(window.tolist()) for window in held_out} - windows) == 5
 
 
 @pytest.mark.parametrize(
@@ -167,7 +197,23 @@ def test_the_dense_model_writes_its_own_text(tiny: Path, tmp_path: Path) -> None
     output = slice_tiny(tiny, tmp_path / "out", calibration="self", seed=3)
     calibration = json.loads((output / "provenance.json").read_text())["calibration"]
     assert calibration["text"] == "self"
-    assert calibration["tokens_sha256"] == hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    written = sample_windows(dense, byte_tokenizer(), (10, 64), seed=3, show_progress=False)
+    expected = hashlib.sha256(written[:8].numpy().tobytes()).hexdigest()
+    assert calibration["tokens_sha256"] == expected, "two more windows are held out"
+
+
+def test_the_dense_model_answers_prompts(tiny: Path) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "[{{ messages[0]['content'] }}]"
+    requests = PROMPTS.read_text().splitlines()
+    windows = sample_windows(dense, tokenizer, (6, 500), seed=3, show_progress=False)
+    texts = [tokenizer.decode(window) for window in windows]
+    starts = [any(text.startswith(f"[{request}]") for request in requests) for text in texts]
+    assert starts == [False, True] * 3
+    # The tiny model ends documents often: others begin in mid-window.
+    later = [text for text in texts[::2] if any(f"<s>[{request}" in text for request in requests)]
+    assert later
 
 
 def test_text_once_written_is_kept_for_a_resumed_run(
