@@ -30,16 +30,16 @@ MODULES = [
 ]  # fmt: skip
 
 
-def pieces(text: str) -> Iterator[str]:
-    """Cut a text at blank lines into documents of about `PIECE` characters."""
+def pieces(text: str, ends: str = r"(?<=\n\n)") -> Iterator[str]:
+    """Cut a text at its blank lines, or where else parts end, into about `PIECE` characters."""
     piece = ""
-    for paragraph in text.split("\n\n"):
-        if piece and len(piece) + len(paragraph) > PIECE:
-            yield piece
+    for part in re.split(ends, text):
+        if piece and len(piece) + len(part) > PIECE:
+            yield piece.strip()
             piece = ""
-        piece += ("\n\n" if piece else "") + paragraph
+        piece += part
     if piece.strip():
-        yield piece
+        yield piece.strip()
 
 
 def articles(path: Path) -> list[str]:
@@ -48,9 +48,9 @@ def articles(path: Path) -> list[str]:
     return [piece for part in parts if part.strip() for piece in pieces(part.replace("\n", "\n\n"))]
 
 
-def texts(paths: list[Path]) -> list[str]:
+def texts(paths: list[Path], *ends: str) -> list[str]:
     """Return the pieces of some files."""
-    return [piece for path in paths for piece in pieces(path.read_text(encoding="utf-8"))]
+    return [piece for path in paths for piece in pieces(path.read_text(encoding="utf-8"), *ends)]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -90,7 +90,7 @@ def main() -> None:
         "chat": [{"messages": row["messages"]} for row in lines(options.chats)],
         "web": [{"text": row["text"]} for row in lines(options.pages)],
         "fiction": [{"text": text} for text in texts(sorted(options.novel.glob("chapter_*.txt")))],
-        "speech": [{"text": text} for text in texts(sorted(speeches))],
+        "speech": [{"text": text} for text in texts(sorted(speeches), r"(?<=[.!?] )")],
         "code": [{"text": text} for text in code],
         "manual": [
             {"text": piece}

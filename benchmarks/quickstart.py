@@ -54,7 +54,7 @@ def main() -> int:
     try:
         prepare_dense(options.model, dense)
         shutil.rmtree(sliced, ignore_errors=True)
-        step("slice: a tenth of the parameters goes (calibration text: WikiText-2)")
+        step("slice: a tenth of the parameters goes (calibration: seven kinds of text)")
         slice_model(dense, sliced)
         rows = [describe(dense, log), describe(sliced, log)]
         step("serve the sliced model and ask it something through the openai client")
@@ -113,7 +113,7 @@ def slice_model(dense: Path, sliced: Path) -> None:
     command: list[str | Path] = [SLICESERVE, "slice", dense, "--output", sliced]
     command += [
         "--target-params",
-        "0.8",
+        "0.9",
         "--samples",
         str(CALIBRATION_WINDOWS),
         "--sequence-length",
