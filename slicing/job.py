@@ -219,10 +219,10 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
         slicer, progress = _within_memory(attempt, model, options, device)
         with slicer.stopwatch("writing"):
             assemble_shards(progress.directory, staging, progress.part_bytes)
-        shape.config(slicer.ranks).save_pretrained(staging)
+        shape.config(slicer.places.ranks).save_pretrained(staging)
         copy_tokenizer(model.location, staging)
         copy_generation_config(model, staging)
-        np.save(staging / SPECTRUM, slicer.spectrum.numpy().astype(np.float32))
+        np.save(staging / SPECTRUM, slicer.places.spectrum.numpy().astype(np.float32))
         source = {
             "model": options.model,
             "files": list(files),

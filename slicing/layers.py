@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +13,7 @@ from sliceserve.slicing.architectures import Sublayer
 from sliceserve.slicing.dense import DenseModel
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.modeling import branch_outputs
-from sliceserve.slicing.moments import numerical_rank
+from sliceserve.slicing.moments import ROWS_PER_PRODUCT, numerical_rank
 
 logger = logging.getLogger(__name__)
 
@@ -148,3 +148,19 @@ class DenseLayers:
     def wide(self, weight: Tensor) -> Tensor:
         """Return a weight on the device in float64."""
         return weight.to(self.device).to(torch.float64)
+
+    def by_rows(
+        self, table: Tensor, change: Callable[[Tensor], Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """Change a matrix in float64, some rows at a time, into the checkpoint's `dtype`."""
+        result = None
+        for start in range(0, len(table), ROWS_PER_PRODUCT):
+            rows = change(self.wide(table[start : start + ROWS_PER_PRODUCT]))
+            if result is None:
+                # A vector is a bias, still to be added to.
+                kept = rows.dtype if rows.ndim == 1 else dtype
+                shape = (len(table), *rows.shape[1:])
+                result = torch.empty(shape, dtype=kept, device=self.device)
+            result[start : start + len(rows)] = rows
+        assert result is not None  # noqa: S101 - a matrix has rows
+        return result

@@ -11,8 +11,8 @@ from sliceserve.slicing.config import SlicedConfig, sliced_config
 from sliceserve.slicing.dense import DenseModel
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.modeling import expected_shapes
+from sliceserve.slicing.places import SlicePlan
 from sliceserve.slicing.rotations import RankRule, auto_rank, default_rank, fixed_rank
-from sliceserve.slicing.slicer import SlicePlan
 from sliceserve.slicing.survey import SurveyPlan
 
 if TYPE_CHECKING:

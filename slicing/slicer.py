@@ -9,7 +9,6 @@ stays as it was.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,46 +16,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sliceserve.slicing.architectures import Sublayer
+from sliceserve.slicing.head import fold_head
 from sliceserve.slicing.layers import DenseLayers
 from sliceserve.slicing.memory import return_freed_memory
-from sliceserve.slicing.modeling import (
-    HEAD_MAP,
-    ROTATION,
-    SlicedLayer,
-    SlicedNorm,
-    branch_outputs,
-)
-from sliceserve.slicing.moments import ROWS_PER_PRODUCT, SecondMoment, principal_basis
+from sliceserve.slicing.modeling import ROTATION, SlicedLayer, SlicedNorm, branch_outputs
+from sliceserve.slicing.moments import SecondMoment
 from sliceserve.slicing.parts import PartWriter
+from sliceserve.slicing.places import Places, SlicePlan
 from sliceserve.slicing.progress import Progress
 from sliceserve.slicing.recording import Contexts, record
 from sliceserve.slicing.refit import Regression
-from sliceserve.slicing.rotations import RankRule, align
 from sliceserve.slicing.signals import Signals, make_signals
 from sliceserve.slicing.stopwatch import Stopwatch
 from sliceserve.slicing.survey import Survey
-
-
-@dataclass(frozen=True)
-class SlicePlan:
-    """What a slicing run is to make.
-
-    Attributes:
-        widths: columns to keep at each place.
-        rank_rule: says how many directions the rotation between two places turns; None keeps
-            rotations whole.
-        refit_writes: whether linears that write the stream, and the head, are refitted to the
-            dense stream.
-        refit_reads: whether those that read it are too.
-        tied: whether the head is the embedding, behind a matrix of its own.
-
-    """
-
-    widths: list[int]
-    rank_rule: RankRule | None = None
-    refit_writes: bool = False
-    refit_reads: bool = False
-    tied: bool = False
 
 
 class Slicer:
@@ -90,10 +62,8 @@ class Slicer:
         self.architecture = layers.model.architecture
         self.hidden_size = int(layers.model.config.hidden_size)
         self.epsilon = self.architecture.epsilon(layers.model.config)
-        self.ranks: list[int | None] = []
+        self.places = Places(layers, plan, survey, stopwatch)
         self.strengths: list[float] = []
-        self.basis = torch.empty(0)
-        self.spectrum = torch.empty(0, self.hidden_size, dtype=torch.float64)
         self.signals: Signals
         self.dense_signals: Signals
 
@@ -108,8 +78,8 @@ class Slicer:
     ) -> None:
         """Slice the model, from where it stands.
 
-        Afterwards `ranks` holds what the rule gave, `spectrum` the eigenvalues of what the bases
-        were taken from, falling, float64 [places, hidden_size], but for a last place that is whole.
+        Afterwards `places` holds the ranks and the spectrum of all places, but for a last one that
+        is whole.
 
         Args:
             windows: calibration tokens [samples, sequence_length].
@@ -139,8 +109,7 @@ class Slicer:
                 progress.finish_part(self.writer.write(0), self._state(), stores)
             else:
                 state = progress.tensors()
-                self.basis, self.spectrum = state["basis"].to(self.device), state["spectrum"]
-                self.ranks = [None if rank < 0 else rank for rank in state["ranks"].tolist()]
+                self.places.restore(state)
                 self.strengths = state["strengths"].tolist()
             if 0 < done <= count + 1:
                 progress.restore_signals(stores, self.dtype, list(map(len, batches)))
@@ -156,7 +125,7 @@ class Slicer:
                     progress.finish_part(part, self._state(), stores)
                 return_freed_memory()
         if len(progress.part_bytes) == count + 1:
-            self._fold_head()
+            self._write_head()
             progress.finish_part(self.writer.write(count + 1), self._state())
 
     def _make_stores(
@@ -176,20 +145,15 @@ class Slicer:
         return stores
 
     def _state(self) -> dict[str, Tensor]:
-        ranks = [-1 if rank is None else rank for rank in self.ranks]
-        return {
-            "basis": self.basis,
-            "spectrum": self.spectrum,
-            "ranks": torch.tensor(ranks),
-            "strengths": torch.tensor(self.strengths, dtype=torch.float64),
-        }
+        strengths = torch.tensor(self.strengths, dtype=torch.float64)
+        return self.places.state() | {"strengths": strengths}
 
     def _start(self, batches: list[Tensor]) -> list[Contexts]:
         """Find the first basis, slice the embedding tables E to E·U and start the signals."""
         # Text with few different tokens shows here.
         moment = SecondMoment(self.hidden_size, self.device, exact=True)
         if self.survey is not None:
-            self.basis = self._surveyed_basis(0)
+            self.places.basis = self.places.surveyed_basis(0)
 
         def take(index: int, stream: Tensor) -> None:
             wide = self.layers.centre(stream)
@@ -199,17 +163,19 @@ class Slicer:
                 return
             if self.plan.refit_writes:
                 self.dense_signals[index] = wide
-            self.signals[index] = wide @ self.basis.to(self.dtype)
+            self.signals[index] = wide @ self.places.basis.to(self.dtype)
 
         with self.stopwatch("embedding"):
             contexts = record(self.layers.model, batches, self.device, self.dtype, take)
         if self.survey is None:
-            self.basis = self._principal_basis(moment, 0)
+            self.places.basis = self.places.principal_basis(moment, 0)
             self._rotate_signals()
         with self.stopwatch("rotating weights"):
             for path in self.architecture.tables:
                 table = self.layers.read(f"{path}.weight")
-                narrow = self._by_rows(table, lambda rows: self.layers.centre(rows) @ self.basis)
+                narrow = self._by_rows(
+                    table, lambda rows: self.layers.centre(rows) @ self.places.basis
+                )
                 self.writer.add(f"{path}.weight", narrow)
         return contexts
 
@@ -249,13 +215,13 @@ class Slicer:
                 self._rotate_readers(layer, sublayer, weights, reads, prefix)
             if self.survey is None:
                 rotation = self._advance(layer, sublayer, contexts, place + 1)
-                written = self._rotated_writers(sublayer, weights, self.basis)
+                written = self._rotated_writers(sublayer, weights, self.places.basis)
             else:
                 rotation, written = self._move(layer, dense, sublayer, weights, contexts, place)
             for path in sublayer.writes:
                 self.writer.add(f"{prefix}.{path}.weight", written[path])
                 if (bias := weights.get(f"{path}.bias")) is not None:
-                    narrow = self.layers.centre(self.layers.wide(bias)) @ self.basis
+                    narrow = self.layers.centre(self.layers.wide(bias)) @ self.places.basis
                     self.writer.add(f"{prefix}.{path}.bias", narrow)
             for name, weight in rotation.items():
                 self.writer.add(f"{prefix}.{ROTATION}.{number}.{name}", weight)
@@ -264,7 +230,7 @@ class Slicer:
     def _reads(self, layer: SlicedLayer, sublayer: Sublayer, place: int) -> Tensor:
         """Return the map from the dense stream's columns to those that readers read, [D, width]."""
         if not self.plan.refit_reads:
-            return self.basis
+            return self.places.basis
         return self._refit_norm(layer.get_submodule(sublayer.norm), self.plan.widths[place]).T
 
     def _refit_norm(self, norm: nn.Module, width: int) -> Tensor:
@@ -280,7 +246,7 @@ class Slicer:
                 normed = dense_norm(dense.to(exact)), factor * norm(x.to(exact))
                 regression.add(normed[1], normed[0], first)
                 first += len(x)
-            fit = regression.fit(self.basis.T)
+            fit = regression.fit(self.places.basis.T)
         return fit.weight
 
     def _rotate_readers(
@@ -328,7 +294,7 @@ class Slicer:
             The weights of the rotation that leads there, by their names.
 
         """
-        before, whole = self.basis, self._is_whole(place)
+        before, whole = self.places.basis, self.places.is_whole(place)
         lift = before.T.to(self.dtype)
         moment = SecondMoment(self.hidden_size, self.device)
         for index in range(len(self.signals)):
@@ -343,12 +309,12 @@ class Slicer:
             with self.stopwatch("signals"):
                 self.signals[index] = wide
         if whole:
-            self.basis = self._identity()
+            self.places.basis = self.places.identity()
         else:
-            self.basis = self._principal_basis(moment, place)
+            self.places.basis = self.places.principal_basis(moment, place)
             self._rotate_signals()
-        self.ranks.append(None)
-        return {"weight": self.basis.T @ before}
+        self.places.ranks.append(None)
+        return {"weight": self.places.basis.T @ before}
 
     def _move(
         self,
@@ -366,13 +332,13 @@ class Slicer:
             that write the stream, by their paths.
 
         """
-        rotation, rotate = self._rotation(place + 1)
+        rotation, rotate = self.places.rotation(place + 1)
         biases = [weights.get(f"{path}.bias") for path in sublayer.writes]
         narrow_biases = [
-            None if bias is None else self.layers.centre(self.layers.wide(bias)) @ self.basis
+            None if bias is None else self.layers.centre(self.layers.wide(bias)) @ self.places.basis
             for bias in biases
         ]
-        written = self._rotated_writers(sublayer, weights, self.basis)
+        written = self._rotated_writers(sublayer, weights, self.places.basis)
         if dense is not None:
             for path in sublayer.writes:
                 layer.set_submodule(path, nn.Identity())
@@ -413,7 +379,7 @@ class Slicer:
     ) -> Regression:
         """Move the dense signals, and regress what is missing to them on what the writers read."""
         regression = None
-        narrow, first = self.basis.to(self.dtype), 0
+        narrow, first = self.places.basis.to(self.dtype), 0
         for index in range(len(self.signals)):
             with self.stopwatch("signals"):
                 x = self.signals[index].to(self.device)
@@ -436,125 +402,27 @@ class Slicer:
         assert regression is not None  # noqa: S101 - there are signals
         return regression
 
-    def _rotation(self, place: int) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
-        """Go on to the surveyed basis of a place.
-
-        Returns:
-            The weights of the rotation that leads there, by their names, and the rotation.
-
-        """
-        before, after = self.basis, self._surveyed_basis(place)
-        rule = self.plan.rank_rule
-        if self.survey is not None and self.survey.plan.shared:
-            self.ranks.append(0)
-            return {}, lambda x: x
-        if rule is None or before.shape != after.shape:
-            self.basis = after
-            self.ranks.append(None)
-            turned = before.T @ after
-            narrow = turned.to(self.dtype)
-            return {"weight": turned.T}, lambda x: x @ narrow
-        with self.stopwatch("eigenvectors"):
-            alignment = align(before, after)
-        # No more than the deleted directions can turn.
-        rank = min(rule(alignment.cosines), self.hidden_size - before.shape[1])
-        self.basis = alignment.basis
-        self.ranks.append(rank)
-        down, up = alignment.factors(rank)
-        if not rank:
-            return {}, lambda x: x
-        factors = down.to(self.dtype), up.to(self.dtype)
-        return {"down.weight": down.T, "up.weight": up.T}, (
-            lambda x: x + x @ factors[0] @ factors[1]
-        )
-
-    def _is_whole(self, place: int) -> bool:
-        """Whether the stream comes back to the dense model's own columns at a place."""
-        last = len(self.plan.widths) - 1
-        full = self.plan.widths[last] == self.hidden_size
-        return place == last and full and self.plan.rank_rule is None
-
-    def _identity(self) -> Tensor:
-        return torch.eye(self.hidden_size, dtype=torch.float64, device=self.device)
-
-    def _surveyed_basis(self, place: int) -> Tensor:
-        assert self.survey is not None  # noqa: S101 - what calls this has one
-        if self._is_whole(place):
-            return self._identity()
-        basis, values = self.survey.basis(place)
-        self.spectrum = torch.cat([self.spectrum, values.unsqueeze(0)])
-        return basis
-
-    def _principal_basis(self, moment: SecondMoment, place: int) -> Tensor:
-        """Find the principal basis of a place from the moment there."""
-        total, width = moment.sum, self.plan.widths[place]
-        self.layers.check_finite(total, place)
-        with self.stopwatch("eigenvectors"):
-            basis, spectrum = principal_basis(total, width, self.layers.centred)
-            self.spectrum = torch.cat([self.spectrum, spectrum.cpu().unsqueeze(0)])
-        self.layers.warn_of_rank(spectrum, width, place)
-        return basis
-
     def _rotate_signals(self) -> None:
         """Move the signals into the basis of the place where they are."""
-        narrow = self.basis.to(self.dtype)
+        narrow = self.places.basis.to(self.dtype)
         with self.stopwatch("signals"):
             for index in range(len(self.signals)):
                 self.signals[index] = self.signals[index].to(self.device) @ narrow
 
-    def _fold_head(self) -> None:
-        """Fold the final norm into the head, H·diag(g)·U, and its shift as a bias."""
-        names = dict(self.layers.model.skeleton.named_parameters())
-        scale, shift = self.layers.final_norm()
-        name, bias = f"{self.architecture.head}.weight", f"{self.architecture.head}.bias"
+    def _write_head(self) -> None:
+        """Write the head, refitted to the dense normed stream if the plan says so."""
         width = self.plan.widths[-1]
-        reads = self.basis
-        if self.plan.refit_writes and not self._is_whole(len(self.plan.widths) - 1):
+        reads, whole = self.places.basis, self.places.is_whole(len(self.plan.widths) - 1)
+        if self.plan.refit_writes and not whole:
             reads = self._refit_norm(SlicedNorm(width, self.hidden_size, self.epsilon), width).T
-        reads = scale.unsqueeze(1) * reads * (self.hidden_size / width) ** 0.5
-        table = self.layers.read(name)
         with self.stopwatch("rotating weights"):
-            if self.plan.tied:
-                self.writer.add(f"{HEAD_MAP}.weight", self._head_map(reads))
-            else:
-                whole = self._is_whole(len(self.plan.widths) - 1)
-                self.writer.add(
-                    name,
-                    self._by_rows(table, lambda rows: rows * scale if whole else rows @ reads),
-                )
-            offset = self.layers.wide(self.layers.read(bias)) if bias in names else None
-            if shift is not None:
-                folded = self._by_rows(table, lambda rows: rows @ shift)
-                offset = folded if offset is None else offset + folded
-            if offset is not None:
-                self.writer.add(bias, offset)
-
-    def _head_map(self, reads: Tensor) -> Tensor:
-        """Return the matrix T before a tied head, as a linear's weight [widths[0], widths[-1]].
-
-        E·U₀·T stands for the head E·R, R [D, widths[-1]]: the best in the mean curvature F of the
-        loss in the logits, T = (U₀ᵀFU₀)⁻¹U₀ᵀF·R.
-        """
-        assert self.survey is not None  # noqa: S101 - only surveys find how to tie
-        first, _ = self.survey.basis(0)
-        metric = self.survey.head_metric()
-        projected = first.T @ metric
-        solution: Tensor = torch.linalg.solve(projected @ first, projected @ reads)
-        return solution
+            fold_head(
+                self.layers, reads, self.survey if self.plan.tied else None, self.writer, whole
+            )
 
     def _by_rows(self, table: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """Change a matrix in float64, some rows at a time, into the checkpoint's dtype."""
-        result = None
-        for start in range(0, len(table), ROWS_PER_PRODUCT):
-            rows = change(self.layers.wide(table[start : start + ROWS_PER_PRODUCT]))
-            if result is None:
-                # A vector is a bias, still to be added to.
-                kept = rows.dtype if rows.ndim == 1 else self.writer.dtype
-                shape = (len(table), *rows.shape[1:])
-                result = torch.empty(shape, dtype=kept, device=self.device)
-            result[start : start + len(rows)] = rows
-        assert result is not None  # noqa: S101 - a matrix has rows
-        return result
+        """Change a matrix in float64 into the checkpoint's dtype."""
+        return self.layers.by_rows(table, change, self.writer.dtype)
 
 
 def _one_of_each(batches: list[Tensor]) -> list[Tensor]:

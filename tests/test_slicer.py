@@ -15,10 +15,11 @@ from sliceserve.slicing.dense import open_dense_model
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.layers import DenseLayers
 from sliceserve.slicing.parts import PartWriter, assemble_shards
+from sliceserve.slicing.places import SlicePlan
 from sliceserve.slicing.progress import Progress
 from sliceserve.slicing.rotations import auto_rank, fixed_rank
 from sliceserve.slicing.shape import sliced_width
-from sliceserve.slicing.slicer import SlicePlan, Slicer
+from sliceserve.slicing.slicer import Slicer
 from sliceserve.slicing.stopwatch import Stopwatch
 from sliceserve.slicing.survey import TAU, Survey, SurveyPlan
 
@@ -61,7 +62,7 @@ def slice_to(
         model.config,
         model.architecture,
         widths,
-        slicer.ranks,
+        slicer.places.ranks,
         model.parameters,
         str(dtype).removeprefix("torch."),
         slice_plan.tied,
