@@ -91,6 +91,8 @@ def sample_windows(
     config = GenerationConfig(
         do_sample=True, top_k=0, max_new_tokens=sequence_length - 1, pad_token_id=words[0]
     )
+    # Transformers fills what `config` leaves open from here, and would pad after a document's end.
+    model.generation_config = GenerationConfig()
     parts = []
     devices = [model.device] if model.device.type == "cuda" else []
     with (
