@@ -1,7 +1,7 @@
 """Perplexity of a model before and after slicing, on text of the calibration's kinds left over.
 
-One number on one kind of text flatters a model that has forgotten the others (README, "Calibration
-text"); so every slicing ends with one for each kind.
+One number on one kind of text flatters a model that has forgotten the others (README, "Slice a
+model"); so every slicing ends with one for each kind.
 """
 
 import math
