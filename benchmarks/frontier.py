@@ -1,18 +1,28 @@
 """Perplexity against true parameters: the paper's form, each step beyond it, and all together.
 
-    python benchmarks/frontier.py MODEL --calibration FILE --text FILE --targets 0.9 0.8
+    python benchmarks/frontier.py MODEL OUT --calibration FILE --text FILE --targets 0.9 0.8
 
 Slices MODEL in every form to every target (rotations and head included, against the model as it is
-stored) and measures the result on the start of each text. MODEL, FILE and --device are as for
-`sliceserve slice`.
+stored) and measures the results on the start of each text. MODEL, FILE and --device are as for
+`sliceserve slice`. Every row is kept in OUT/rows.jsonl and its model in OUT/models, so that a run
+that was stopped goes on where it was; the table and OUT/frontier.svg come last.
 """
 
 import argparse
-import tempfile
+import json
+import math
+import multiprocessing
+import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from sliceserve.slicing.checkpoint import read_checkpoint_summary
+from sliceserve.slicing.dense import open_dense_model
 from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.perplexity import measure_text
 from sliceserve.slicing.source import quiet_transformers
@@ -22,14 +32,124 @@ FORMS: dict[str, dict[str, Any]] = {
     "paper": PAPER,
     "output-aware bases": {"rotation": "dense", **AWARE},
     "and low-rank rotations": {"rotation": "low-rank", **AWARE},
-    "and refit (default)": {},
-    "shared basis, full refit": {"rotation": "shared", "refit": "full"},
+    "and writers refitted": {"refit": "output"},
+    "and readers too (default)": {"refit": "full"},
+    "the same, one basis for all": {"rotation": "shared", "refit": "full"},
 }
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all rows have in common."""
+
+    model: str
+    calibration: str
+    text: list[str]
+    samples: int
+    sequence_length: int
+    windows: int
+    device: str
+    compute_dtype: str | None
+
+    def perplexities(self, model: str) -> dict[str, float]:
+        """Measure a model on the start of each text."""
+        length, windows, device = self.sequence_length, self.windows, self.device
+        return {
+            Path(text).stem: measure_text(
+                model, text, length, windows, device, self.compute_dtype
+            ).perplexity
+            for text in self.text
+        }
+
+
+def measure(settings: Settings, form: str, target: float, output: Path) -> dict[str, Any]:
+    """Slice the model in a form to a target, unless it was, and measure it."""
+    quiet_transformers()
+    if form == DENSE:
+        parameters = open_dense_model(settings.model).parameters
+        row = {"width": None, "parameters": parameters, "stored": 1.0, "seconds": None}
+        return row | {"form": form, "target": 1.0, **settings.perplexities(settings.model)}
+    started = time.perf_counter()
+    if not output.exists():
+        options = SliceOptions(
+            settings.model,
+            output,
+            target_params=target,
+            calibration=settings.calibration,
+            samples=settings.samples,
+            sequence_length=settings.sequence_length,
+            device=settings.device,
+            compute_dtype=settings.compute_dtype,
+            **FORMS[form],
+        )
+        run_slice(options, show_progress=False)
+    seconds = time.perf_counter() - started
+    summary = read_checkpoint_summary(output)
+    return {
+        "form": form,
+        "target": target,
+        "width": summary.slicing.widths[0],
+        "parameters": summary.sliced_parameters,
+        "stored": summary.ratio,
+        **settings.perplexities(str(output)),
+        "seconds": seconds,
+    }
+
+
+def table(rows: list[dict[str, Any]], texts: list[str]) -> str:
+    """Return the rows as a Markdown table; the mean is that of the ratios to the dense model."""
+    dense = next(row for row in rows if row["form"] == DENSE)
+    columns = ["form", "width", "parameters", "of the stored", *texts, "mean ratio", "seconds"]
+    lines = [" | ".join(columns), " | ".join(["---", *["---:"] * (len(columns) - 1)])]
+    for row in rows:
+        ratios = [math.log(row[text] / dense[text]) for text in texts]
+        cells = [
+            row["form"],
+            str(row["width"] or ""),
+            f"{row['parameters']:,}",
+            f"{row['stored']:.3f}",
+            *(f"{row[text]:.2f}" for text in texts),
+            f"{math.exp(sum(ratios) / len(ratios)):.2f}",
+            "" if row["seconds"] is None else f"{row['seconds']:.0f}",
+        ]
+        lines.append(" | ".join(cells))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def plot(rows: list[dict[str, Any]], texts: list[str], path: Path) -> None:
+    """Draw perplexity on each text against parameters, a line a form."""
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    plt.rcParams["svg.hashsalt"] = "frontier"
+    figure, axes = plt.subplots(
+        1, len(texts), figsize=(5.2 * len(texts), 4.2), squeeze=False, layout="constrained"
+    )
+    forms = list(dict.fromkeys(row["form"] for row in rows))
+    for axis, text in zip(axes[0], texts, strict=True):
+        for form in forms:
+            points = sorted((row["parameters"] / 1e6, row[text]) for row in rows
+                            if row["form"] == form)  # fmt: skip
+            if form == DENSE:
+                axis.plot(*points[0], "k*", markersize=11, label=form)
+            else:
+                axis.plot(*zip(*points, strict=True), "o-", label=form)
+        axis.set(xlabel="parameters, millions", ylabel="perplexity", title=text, yscale="log")
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        low, high = axis.get_ylim()
+        steps = [10**power * digit for power in range(6) for digit in (1, 1.5, 2, 3, 4, 6, 8)]
+        axis.set_yticks([step for step in steps if low <= step <= high])
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model")
+    parser.add_argument("output", type=Path)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--targets", type=float, nargs="+", default=[0.9, 0.8, 0.7])
@@ -38,46 +158,48 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=64, help="of each text, to measure on")
     parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    quiet_transformers()
-
-    def measured(model: str) -> list[float]:
-        length, windows, device = options.sequence_length, options.windows, options.device
-        return [
-            measure_text(model, text, length, windows, device, "float32").perplexity
-            for text in options.text
-        ]
-
-    names = [Path(text).stem for text in options.text]
-    print(f"| form | width | parameters | of the stored | {' | '.join(names)} | seconds |")
-    print(f"| --- | ---: | ---: | ---: | {'---: | ' * len(names)}---: |")
-    values = " | ".join(f"{value:.2f}" for value in measured(options.model))
-    print(f"| dense | | | 1.000 | {values} | |", flush=True)
-    for form in options.forms:
-        for target in options.targets:
-            with tempfile.TemporaryDirectory() as work:
-                output = Path(work, "sliced")
-                started = time.perf_counter()
-                chosen = SliceOptions(
-                    options.model,
-                    output,
-                    target_params=target,
-                    calibration=options.calibration,
-                    samples=options.samples,
-                    sequence_length=options.sequence_length,
-                    device=options.device,
-                    dtype="float32",
-                    **FORMS[form],
-                )
-                summary = run_slice(chosen, show_progress=False).summary
-                seconds = time.perf_counter() - started
-                found = measured(str(output))
-            values = " | ".join(f"{value:.2f}" for value in found)
-            print(
-                f"| {form} | {summary.slicing.widths[0]} | {summary.sliced_parameters:,} | "
-                f"{summary.ratio:.3f} | {values} | {seconds:.0f} |",
-                flush=True,
-            )
+    parser.add_argument("--compute-dtype")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at once")
+    given = vars(parser.parse_args())
+    output, targets, forms, jobs = (given.pop(x) for x in ("output", "targets", "forms", "jobs"))
+    settings = Settings(**given)
+    output.mkdir(parents=True, exist_ok=True)
+    noted, kept = output / "settings.json", output / "rows.jsonl"
+    if not noted.exists():
+        noted.write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    elif json.loads(noted.read_text()) != asdict(settings):
+        sys.exit(f"{noted} holds other settings: choose another OUT")
+    lines = kept.read_text().splitlines() if kept.exists() else []
+    found = {(row["form"], row["target"]): row for row in map(json.loads, lines)}
+    wanted = [(DENSE, 1.0), *((form, target) for target in targets for form in forms)]
+    missing = [pair for pair in wanted if pair not in found]
+    with (
+        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
+        tqdm(total=len(wanted), initial=len(wanted) - len(missing), unit="row") as bar,
+    ):
+        running = {
+            pool.submit(
+                measure,
+                settings,
+                form,
+                target,
+                output / "models" / f"{form}-{target}".replace(" ", "-"),
+            ): (form, target)
+            for form, target in missing
+        }
+        for done in as_completed(running):
+            found[running[done]] = row = done.result()
+            with kept.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            bar.update()
+    order = [DENSE, *forms]
+    rows = [found[pair] for pair in sorted(wanted, key=lambda pair: order.index(pair[0]))]
+    names = [Path(text).stem for text in settings.text]
+    print(table(rows, names))
+    try:
+        plot(rows, names, output / "frontier.svg")
+    except ImportError as error:
+        print(f"no {output / 'frontier.svg'}: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--refit",
         choices=REFITS,
-        default="output",
+        default="full",
         help="weights to fit to the dense model's signals: none, as in the paper; those that write "
         "the residual stream, and the head; or those that read it too",
     )
@@ -117,7 +117,9 @@ def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--samples", type=_positive, default=64, help="calibration windows")
     parser.add_argument("--sequence-length", type=_window, default=2048, help="tokens in a window")
     parser.add_argument(
-        "--round-to", type=_positive, default=8, help="keep a multiple of this many columns"
+        "--round-to",
+        type=_positive,
+        help="keep a multiple of this many columns (128 of a hidden_size from 2048 up, else 8)",
     )
     parser.add_argument("--seed", type=int, default=0, help="chooses the windows")
     parser.add_argument("--device", help="where to compute, for instance cuda:0 (a GPU if any)")

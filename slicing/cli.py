@@ -109,11 +109,18 @@ def evaluate_command(
     models: list[str], device: str | None, as_json: bool, **options: object
 ) -> int:
     """Run `sliceserve evaluate`."""
-    from sliceserve.slicing.evaluation import as_table, evaluate
+    from sliceserve.slicing.evaluation import Scores, as_table, evaluate
     from sliceserve.slicing.source import quiet_transformers
 
     quiet_transformers()
-    results = evaluate(models, device=device or _default_device(), **options)  # type: ignore[arg-type]
+
+    def show(model: str, scores: Scores) -> None:
+        # Models take minutes each: an interrupted run has shown what it has found.
+        if len(models) > 1:
+            print(as_table({model: scores}), file=sys.stderr)
+
+    place = device or _default_device()
+    results = evaluate(models, device=place, on_result=show, **options)  # type: ignore[arg-type]
     if as_json:
         fields = {
             model: {

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ def evaluate(
     batch_size: int,
     device: str,
     dtype: str | None,
+    on_result: Callable[[str, Scores], None] | None = None,
 ) -> dict[str, Scores]:
     """Evaluate models, one after the other, on tasks of lm-evaluation-harness.
 
@@ -59,6 +60,7 @@ def evaluate(
         batch_size: sequences at once.
         device: where it runs.
         dtype: to run in; None is float32 on a CPU and the stored one elsewhere.
+        on_result: is told of each model as soon as it is done.
 
     Returns:
         The scores by model, task and metric.
@@ -73,7 +75,8 @@ def evaluate(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(
-            "evaluate needs lm-evaluation-harness: pip install 'sliceserve[evaluate]'"
+            "evaluate needs lm-evaluation-harness, pip install 'sliceserve[evaluate]': "
+            f"{reason(error)}"
         ) from error
     place = checked_device(device)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -113,6 +116,8 @@ def evaluate(
                 bootstrap_iters=1000,
             )
         results[name] = read_scores(output["results"], output["n-samples"])
+        if on_result is not None:
+            on_result(name, results[name])
         del harness, model
         if place.type == "cuda":
             torch.cuda.empty_cache()

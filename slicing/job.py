@@ -4,9 +4,10 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,12 +66,12 @@ class SliceOptions:
             `rotations.default_rank`.
         basis: "pca" of the residual stream, or "output-aware", which looks at gradients as well.
         refit: "none"; "output" for linears that write the stream, and the head; "full" for those
-            that read it too.
+            that read it too. A regression that is no better on held-out windows changes nothing.
         calibration: the name of a text (see `corpora.read_corpus`), a file, or "self" for text
             that the dense model writes.
         samples: calibration windows.
         sequence_length: tokens in a window.
-        round_to: the width kept is a multiple of this.
+        round_to: the width kept is a multiple of this; None takes `shape.default_multiple`.
         dtype: of the stored weights; None keeps the source's (bfloat16 for a GGUF file).
         compute_dtype: that layers run in; None takes what `devices.layers_dtype` says.
         memory_limit: bytes of host memory; None takes most of what is available.
@@ -85,11 +86,11 @@ class SliceOptions:
     rotation: str = "low-rank"
     rank: int | str | None = None
     basis: str = "output-aware"
-    refit: str = "output"
+    refit: str = "full"
     calibration: str = MIXTURE
     samples: int = 64
     sequence_length: int = 2048
-    round_to: int = 8
+    round_to: int | None = None
     seed: int = 0
     device: str = "cpu"
     dtype: str | None = None
@@ -232,6 +233,7 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
             "dtype": str(model.dtype).removeprefix("torch."),
         }
         record = {"method": METHOD, "source": source, **job}
+        record["refit"] = describe_refit(slicer.strengths)
         record["calibration"]["tokens_sha256"] = hashlib.sha256(
             windows.numpy().tobytes()
         ).hexdigest()
@@ -262,6 +264,19 @@ def check_options(options: SliceOptions) -> None:
         raise UserError("--target-params needs a number as --rank, not 'auto'")
     if options.refit != "none" and options.samples < 2:
         raise UserError(f"--samples {options.samples} leaves none to fit on beside the held out")
+
+
+def describe_refit(strengths: Sequence[float]) -> dict[str, int]:
+    """Count the regressions of a run, and those whose weights stayed as they were; say so."""
+    rejected = strengths.count(math.inf)
+    if rejected:
+        logger.warning(
+            "--refit left the weights of %d of %d regressions as they were: no fit was better on "
+            "held-out windows",
+            rejected,
+            len(strengths),
+        )
+    return {"regressions": len(strengths), "rejected": rejected}
 
 
 def kept_on_disk(

@@ -26,7 +26,8 @@ class Fit:
 
     Attributes:
         weight: W, [inputs, outputs], float64.
-        strength: λ; infinite where no fit was better than W₀ on held-out windows.
+        strength: λ; infinite where no fit was better than W₀ on held-out windows, nan where W₀
+            left no error there.
         gain: the share of the held-out squared error of W₀ that the fit takes away.
 
     """
@@ -71,7 +72,9 @@ class Regression:
         }
         best = min(errors.values())
         # What is left of the rounding of the products is no error.
-        if not best < unfitted or unfitted < ROUNDING * self._energy[1]:
+        if unfitted < ROUNDING * self._energy[1]:
+            return Fit(prior, float("nan"), 0.0)
+        if not best < unfitted:
             return Fit(prior, float("inf"), 0.0)
         enough = best + FORGONE * (unfitted - best)
         strength = max(strength for strength, error in errors.items() if error <= enough)

@@ -46,6 +46,11 @@ def describe(summary: CheckpointSummary) -> str:
             f"{options['calibration']}, {options['samples']} × {options['sequence_length']} "
             f"tokens, seed {options['seed']}"
         )
+    refit = summary.provenance.get("refit", {})
+    if refit.get("regressions"):
+        lines["refit"] = (
+            f"{refit['regressions']} regressions, {refit['rejected']} of them no better than none"
+        )
     if summary.ratio >= 1:
         lines["note"] = "not smaller than the dense model: rotations and an untied head outweigh it"
     text = "\n".join(f"{name:<12} {text}" for name, text in lines.items())

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sliceserve.slicing.job import SliceOptions
 
 FRACTION = 0.25
+WIDE = 2048  # see `default_multiple`
 
 
 @dataclass(frozen=True)
@@ -111,18 +112,29 @@ def choose_shape(options: "SliceOptions", model: DenseModel, dtype: torch.dtype)
         last = hidden_size if options.rotation == "dense" else width
         return Shape(model, dtype, [width] * (places - 1) + [last], rank, rule, tied)
 
+    multiple = options.round_to or default_multiple(hidden_size)
     if options.target_params is None:
         fraction = FRACTION if options.fraction is None else options.fraction
-        return shape_of(sliced_width(hidden_size, fraction, options.round_to))
+        return shape_of(sliced_width(hidden_size, fraction, multiple))
     most = int(options.target_params * model.parameters)
-    width = widest(hidden_size, options.round_to, lambda width: shape_of(width).parameters <= most)
+    width = widest(hidden_size, multiple, lambda width: shape_of(width).parameters <= most)
     if width is None:
-        least = shape_of(options.round_to).parameters
+        least = shape_of(multiple).parameters
         raise UserError(
             f"--target-params {options.target_params} is {most:,} parameters, and the narrowest "
             f"model has {least:,}"
         )
     return shape_of(width)
+
+
+def default_multiple(hidden_size: int) -> int:
+    """Return what the width is a multiple of unless told.
+
+    Matrix products of other widths than multiples of 64 are up to a quarter slower on a GPU
+    (docs/speed.md), and kernels for 4-bit weights need multiples of 128. In small models, whose
+    time is not spent in products, such steps would be too coarse.
+    """
+    return 128 if hidden_size >= WIDE else 8
 
 
 def sliced_width(hidden_size: int, fraction: float, round_to: int) -> int:

@@ -63,7 +63,7 @@ class Slicer:
         self.hidden_size = int(layers.model.config.hidden_size)
         self.epsilon = self.architecture.epsilon(layers.model.config)
         self.places = Places(layers, plan, survey, stopwatch)
-        self.strengths: list[float] = []
+        self.strengths: list[float] = []  # of the regressions so far, see `refit.Fit`
         self.signals: Signals
         self.dense_signals: Signals
 
@@ -247,6 +247,7 @@ class Slicer:
                 regression.add(normed[1], normed[0], first)
                 first += len(x)
             fit = regression.fit(self.places.basis.T)
+        self.strengths.append(fit.strength)
         return fit.weight
 
     def _rotate_readers(

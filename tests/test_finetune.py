@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import OTHER_CONFIGS, save_tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from sliceserve.slicing.cli import main
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.finetune import HISTORY, FinetuneOptions, run_finetune
+from sliceserve.slicing.job import SliceOptions, run_slice
 
 SHARD = "model-00001-of-00001.safetensors"
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. "
@@ -147,3 +149,15 @@ def test_the_command_says_what_was_gained(
     )
     assert after.pop("finetuning")[0]["options"]["alpha"] == 10
     assert after == before
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_tied_table_stays_tied(method: str, text: str, tmp_path: Path) -> None:
+    dense = save_tiny(tmp_path / "dense", OTHER_CONFIGS["llama-tied"], torch.float32)
+    sliced, output = tmp_path / "sliced", tmp_path / "out"
+    run_slice(SliceOptions(str(dense), sliced, samples=8, sequence_length=64), show_progress=False)
+    run = run_finetune(options(sliced, output, text, method=method), show_progress=False)
+    assert run.after < 0.8 * run.before
+    assert "lm_head.weight" not in difference(sliced, output)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -63,11 +63,18 @@ def test_a_prior_that_no_fit_beats_is_kept() -> None:
     noise = torch.randn(24, 10, 5, dtype=torch.float64, generator=generator)
     held = torch.arange(len(x)) % HELD_OUT == 0
     # What the fit sees is misleading.
-    y = x @ truth + 30 * noise * ~held[:, None, None]
+    y = x @ truth + noise * torch.where(held, 0.1, 30.0)[:, None, None]
     fit = fitted(x, y).fit(truth)
     assert torch.equal(fit.weight, truth)
     assert fit.strength == math.inf
     assert fit.gain == 0
+
+
+def test_a_prior_without_error_is_not_counted_as_rejected() -> None:
+    x, _, truth = problem(noise=0)
+    fit = fitted(x, x @ truth).fit(truth)
+    assert torch.equal(fit.weight, truth)
+    assert math.isnan(fit.strength)
 
 
 def test_an_input_that_is_always_zero_is_no_obstacle() -> None:

@@ -8,7 +8,7 @@ from conftest import OTHER_CONFIGS, save_tiny, tiny_config
 from sliceserve.slicing.dense import open_dense_model
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.job import SliceOptions, run_slice
-from sliceserve.slicing.shape import choose_shape, widest
+from sliceserve.slicing.shape import choose_shape, default_multiple, widest
 
 SMALL: dict[str, Any] = {"samples": 8, "sequence_length": 64, "round_to": 4}
 
@@ -45,6 +45,10 @@ def test_a_target_out_of_reach_is_refused(tiny: Path) -> None:
         UserError, match=r"--target-params 0\.001 is 298 parameters, and the narrowest"
     ):
         choose_shape(options, model, torch.float32)
+
+
+def test_wide_models_keep_widths_that_matrix_products_are_fast_at() -> None:
+    assert [default_multiple(size) for size in (576, 1024, 2048, 4096, 8192)] == [8, 8, *[128] * 3]
 
 
 def test_the_widest_that_fits() -> None:

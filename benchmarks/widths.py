@@ -1,0 +1,68 @@
+"""Which widths keep a GPU's matrix products fast: one decoder layer's linears, width by width.
+
+    python benchmarks/widths.py llama-2-7b --around 3072
+
+For each width the time of the products that read and write the residual stream, in bfloat16, as a
+CUDA graph, at several numbers of tokens, per column and against the first width of the table.
+"""
+
+import argparse
+
+import torch
+from shapes import SHAPES
+from torch import Tensor
+from torch.nn.functional import linear
+
+REPLAYS, ROUNDS = 20, 5
+
+
+def seconds(width: int, tokens: int, config: dict[str, int]) -> float:
+    """Return the seconds of one layer's linears, the best of some rounds."""
+    hidden, middle = config["hidden_size"], config["intermediate_size"]
+    keys = 128 * config["kv_heads"]
+    shapes = [(hidden + 2 * keys, width), (width, hidden), (2 * middle, width), (width, middle)]
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.bfloat16, device="cuda") / 64
+
+    weights = [random(*shape) for shape in shapes]
+    inputs = [random(tokens, shape[1]) for shape in shapes]
+    for x, weight in zip(inputs, weights, strict=True):
+        linear(x, weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for x, weight in zip(inputs, weights, strict=True):
+            linear(x, weight)
+    best = float("inf")
+    for _ in range(ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(REPLAYS):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) / REPLAYS / 1000)
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--around", type=int, required=True)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 64, 512, 8192])
+    options = parser.parse_args()
+    config = SHAPES[options.shape]
+    first = options.around
+    offsets = [0, 8, 16, 24, 32, 40, 48, 64, 72, 96, 128, 136, 160, 192, 200, 256]
+    print(f"| width | multiple of | {' | '.join(f'{count} tokens' for count in options.tokens)} |")
+    print(f"| ---: | ---: | {' | '.join('---:' for _ in options.tokens)} |")
+    bases: list[float] = []
+    for width in (first + offset for offset in offsets):
+        times = [seconds(width, count, config) / width for count in options.tokens]
+        bases = bases or times
+        cells = " | ".join(f"{time / base:.3f}" for time, base in zip(times, bases, strict=True))
+        print(f"| {width} | {width & -width} | {cells} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
