@@ -28,6 +28,7 @@ from sliceserve.server.fused import FusedDecoderLayer
 from sliceserve.server.joined import JoinedLinear
 from sliceserve.server.layers import Shapes, SlicedDecoderLayer, plain_linear, sliced_norm
 from sliceserve.slicing.architectures import find_architecture
+from sliceserve.slicing.checkpoint import stored_shapes
 from sliceserve.slicing.modeling import HEAD_MAP, expected_shapes
 from sliceserve.slicing.weights import compare_shapes
 
@@ -150,7 +151,7 @@ class SlicedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]  # vLLM is
             )
         config = model_config.hf_config
         self.config = config
-        self.shapes = expected_shapes(config)
+        self.shapes, self.stored = expected_shapes(config), stored_shapes(config)
         self.model = SlicedModel(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), shapes=self.shapes
         )
@@ -202,7 +203,7 @@ class SlicedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]  # vLLM is
         """
         found: Shapes = {}
         loaded = set(self._load(weights, found))
-        problems = compare_shapes(found, self.shapes)
+        problems = compare_shapes(found, self.stored)
         if problems:
             raise ValueError(
                 f"the checkpoint does not hold the tensors its config implies: {problems}"
@@ -215,7 +216,7 @@ class SlicedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]  # vLLM is
         for name, tensor in weights:
             found[name] = tuple(tensor.shape)
             target = rename(name)
-            if found[name] != self.shapes.get(name) or is_pp_missing_parameter(target, self):
+            if found[name] != self.stored.get(name) or is_pp_missing_parameter(target, self):
                 continue
             if target in joined:
                 path, module, relative = joined[target]

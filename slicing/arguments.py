@@ -11,6 +11,7 @@ from sliceserve.slicing.errors import UserError
 ROTATIONS = ("dense", "low-rank", "shared")
 BASES = ("pca", "output-aware")
 REFITS = ("none", "output", "full")
+SCHEMES = ("fp8", "int8")
 METHODS = ("lora", "full")
 BACKENDS = ("transformers", "vllm")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -46,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_finetune(commands)
     _add_report(commands)
     _add_export(commands)
+    _add_quantize(commands)
     commands.add_parser("serve", help="serve a sliced checkpoint with an OpenAI-compatible API")
     return parser
 
@@ -293,6 +295,28 @@ def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="a sliced checkpoint")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR2", help="directory to make"
+    )
+
+
+def _add_quantize(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = commands.add_parser(
+        "quantize",
+        help="store a sliced checkpoint's linears in eight bits",
+        description="Writes the linears of the decoder layers in eight bits, with a scale a row, "
+        "in the format of compressed-tensors; what they read is quantised while it runs. "
+        "Embedding, head and rotations stay as they are.",
+    )
+    parser.set_defaults(command="quantize")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a sliced checkpoint")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR2", help="directory to make"
+    )
+    parser.add_argument(
+        "--scheme",
+        choices=SCHEMES,
+        required=True,
+        help="fp8 for GPUs that multiply it (compute capability 8.9 and up); int8 for others, "
+        "and CPUs",
     )
 
 

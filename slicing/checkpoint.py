@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sliceserve.slicing.architectures import find_architecture
 from sliceserve.slicing.config import CAUSAL_LM, MODEL_TYPE, SlicedConfig, Slicing, parse_slicing
 from sliceserve.slicing.errors import UserError, reading
 from sliceserve.slicing.modeling import HEAD_MAP, ROTATION, expected_shapes
@@ -27,10 +28,11 @@ class CheckpointSummary:
 
     Attributes:
         slicing: the `slicing` object of its config.
-        sliced_parameters: numbers stored, rotations and head included.
+        sliced_parameters: numbers stored, rotations and head included; not the scales of
+            quantised weights.
         rotation_parameters: those of the residual rotations, and of the map before a tied head.
         bytes: of all files of the directory.
-        dtype: of the stored weights.
+        dtype: of the stored weights, of quantised ones after the dtype of the others.
         provenance: how it was made.
 
     """
@@ -152,6 +154,46 @@ def read_sliced_config(directory: Path) -> SlicedConfig:
     return config
 
 
+def quantised_linears(config: SlicedConfig) -> set[str]:
+    """Return the names of the weights that are quantised where any are."""
+    architecture = find_architecture(config.description.architecture)
+    return {
+        name
+        for name, shape in expected_shapes(config).items()
+        if name.startswith(f"{architecture.layers}.")
+        and name.endswith(".weight")
+        and len(shape) == 2
+        and f".{ROTATION}." not in name
+    }
+
+
+def stored_shapes(config: SlicedConfig) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every tensor of a checkpoint, scales included."""
+    shapes = expected_shapes(config)
+    if is_quantised(config):
+        for name in quantised_linears(config):
+            shapes[f"{name}_scale"] = (shapes[name][0], 1)
+    return shapes
+
+
+def is_quantised(config: SlicedConfig) -> bool:
+    """Whether the linears of the decoder layers are stored in eight bits."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def check_unquantised(directory: Path, config: SlicedConfig, command: str) -> None:
+    """Check that a command that needs the weights as they were gets them.
+
+    Raises:
+        UserError: they are quantised.
+
+    """
+    if is_quantised(config):
+        raise UserError(
+            f"DIR {str(directory)!r} is quantised: {command} needs the checkpoint it was made from"
+        )
+
+
 def read_checkpoint_summary(directory: Path) -> CheckpointSummary:
     """Read a sliced checkpoint's headers and check every tensor's name and shape; no weights.
 
@@ -163,12 +205,17 @@ def read_checkpoint_summary(directory: Path) -> CheckpointSummary:
     shards = ShardReader(directory)
     shapes = shards.shapes()
     with reading(f"config of DIR {str(directory)!r}"):
-        expected = expected_shapes(config)
+        counted, expected = expected_shapes(config), stored_shapes(config)
     check_shapes(f"DIR {str(directory)!r}", shapes, expected)
-    dtype = shards.dtype(shapes)
+    quantised = quantised_linears(config) if is_quantised(config) else set()
+    plain = counted.keys() - quantised
+    dtype = shards.dtype(plain)
     if config.dtype != dtype:
         raise UserError(f"DIR {str(directory)!r} holds {dtype}, and its config says {config.dtype}")
-    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    stored = str(dtype).removeprefix("torch.")
+    if quantised:
+        stored += f", linears {' and '.join(shards.dtype_names(quantised))}"
+    sizes = {name: torch.Size(shape).numel() for name, shape in counted.items()}
     provenance = directory / PROVENANCE
     return CheckpointSummary(
         directory=directory,
@@ -178,6 +225,6 @@ def read_checkpoint_summary(directory: Path) -> CheckpointSummary:
             n for name, n in sizes.items() if f".{ROTATION}." in name or name.startswith(HEAD_MAP)
         ),
         bytes=sum(file.stat().st_size for file in directory.iterdir() if file.is_file()),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=stored,
         provenance=read_json_object(provenance) if provenance.exists() else {},
     )

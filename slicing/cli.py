@@ -1,4 +1,4 @@
-"""The command line: slice, inspect, perplexity, evaluate, finetune, report, export and serve."""
+"""The command line: every command but serve, which has vLLM's own options."""
 
 import json
 import logging
@@ -179,6 +179,17 @@ def export_command(directory: Path, output: Path) -> int:
     return 0
 
 
+def quantize_command(directory: Path, output: Path, scheme: str) -> int:
+    """Run `sliceserve quantize`."""
+    from sliceserve.slicing.quantize import run_quantize
+    from sliceserve.slicing.report import describe
+    from sliceserve.slicing.source import quiet_transformers
+
+    quiet_transformers()
+    print(describe(run_quantize(directory, output, scheme)))
+    return 0
+
+
 def _default_device() -> str:
     import torch
 
@@ -197,6 +208,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "finetune": finetune_command,
     "report": report_command,
     "export": export_command,
+    "quantize": quantize_command,
 }
 
 if __name__ == "__main__":

@@ -11,7 +11,14 @@ from sliceserve.slicing.errors import UserError
 FORMAT_VERSION = 2
 MODEL_TYPE = "sliceserve"
 CAUSAL_LM = "SlicedForCausalLM"
-OWN_FIELDS = ("slicing", "architectures", "model_type", "transformers_version", "dtype")
+OWN_FIELDS = (
+    "slicing",
+    "architectures",
+    "model_type",
+    "transformers_version",
+    "dtype",
+    "quantization_config",
+)
 
 
 class Slicing(BaseModel):
@@ -135,7 +142,7 @@ def sliced_config(
 ) -> SlicedConfig:
     """Make the config of a sliced model from that of the dense one."""
     fields = dense.to_dict()
-    for name in (*OWN_FIELDS, "_name_or_path", "quantization_config"):
+    for name in (*OWN_FIELDS, "_name_or_path"):
         fields.pop(name, None)
     fields["tie_word_embeddings"] = tied
     fields["head_dim"] = head_dim(dense)

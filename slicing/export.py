@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from sliceserve.slicing.architectures import Architecture, find_architecture
 from sliceserve.slicing.checkpoint import (
     PROVENANCE,
+    check_unquantised,
     read_checkpoint_summary,
     read_sliced_config,
     staged_directory,
@@ -49,6 +50,7 @@ def run_export(directory: Path, output: Path) -> Exported:
     """
     summary = read_checkpoint_summary(directory)
     config = read_sliced_config(directory)
+    check_unquantised(directory, config, "export")
     architecture = find_architecture(summary.slicing.architecture)
     width = check_exportable(directory, config)
     reader = ShardReader(directory)

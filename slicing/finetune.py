@@ -20,6 +20,7 @@ from sliceserve.slicing.checkpoint import (
     PROVENANCE,
     SPECTRUM,
     CheckpointSummary,
+    check_unquantised,
     read_checkpoint_summary,
     read_sliced_config,
     staged_directory,
@@ -119,6 +120,7 @@ def run_finetune(options: FinetuneOptions, show_progress: bool = True) -> Finetu
     corpus = read_corpus(options.text, "--text")
     source = read_checkpoint_summary(options.directory)
     config = read_sliced_config(options.directory)
+    check_unquantised(options.directory, config, "finetune")
     location = Location(options.directory, None)
     windows = pick_windows(
         corpus,

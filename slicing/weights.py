@@ -83,7 +83,7 @@ class ShardReader:
             UserError: they have several, or one that is no floating point (quantised weights).
 
         """
-        stored = sorted({self._dtypes[name] for name in names if name in self._dtypes})
+        stored = self.dtype_names(names)
         if len(stored) != 1 or stored[0] not in FLOATS:
             where = str(self.files[0].parent)
             raise UserError(
@@ -91,6 +91,10 @@ class ShardReader:
                 f"not in {' and '.join(stored)}"
             )
         return FLOATS[stored[0]]
+
+    def dtype_names(self, names: Iterable[str]) -> list[str]:
+        """Return the dtypes that these tensors are stored in, by their safetensors names."""
+        return sorted({self._dtypes[name] for name in names if name in self._dtypes})
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, on the CPU, in its stored dtype."""

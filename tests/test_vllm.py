@@ -71,9 +71,12 @@ def generate(
 
 
 @torch.no_grad()
-def greedy(directory: Path, prompts: list[list[int]], tokens: int) -> list[dict[str, Any]]:
-    """The same with Transformers."""
+def greedy(
+    directory: Path, prompts: list[list[int]], tokens: int, prepare: Any = lambda model: model
+) -> list[dict[str, Any]]:
+    """The same with Transformers, on a model that `prepare` may change first."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    prepare(model)
     results = []
     for prompt in prompts:
         ids, logprobs = list(prompt), []

@@ -1,0 +1,166 @@
+"""Eight-bit checkpoints: the weights against rounding by hand, vLLM against Transformers."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import OTHER_CONFIGS, save_tiny
+from safetensors.torch import load_file, save_file
+from test_checkpoint import shard
+from test_vllm import EAGER, PROMPTS, generate_each, greedy
+from torch.testing import assert_close
+
+from sliceserve.slicing.checkpoint import read_checkpoint_summary
+from sliceserve.slicing.cli import main
+from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
+from sliceserve.slicing.quantize import SCHEMES, run_quantize
+
+LARGEST = {"fp8": 448.0, "int8": 127.5}  # compressed-tensors maps the largest of a row here
+DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+@pytest.fixture(scope="module")
+def sliced(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tied model with low-rank rotations, and one with biases and whole ones."""
+    found = {}
+    for name, changes in (("llama-tied", {"rank": 4}), ("opt", PAPER)):
+        work = tmp_path_factory.mktemp(name)
+        dense = save_tiny(work / "dense", OTHER_CONFIGS[name], torch.float32)
+        found[name] = work / "sliced"
+        options = SliceOptions(str(dense), found[name], samples=8, sequence_length=64, **changes)
+        run_slice(options, show_progress=False)
+    return found
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["llama-tied", "opt"])
+def test_linears_are_rounded_to_nearest_and_all_else_stays(
+    name: str, scheme: str, sliced: dict[str, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    summary = run_quantize(sliced[name], output, scheme, show_progress=False)
+    before, after = load_file(shard(sliced[name])), load_file(shard(output))
+    scales = {key for key in after if key.endswith("_scale")}
+    assert len(scales) == 3 * (7 if name == "llama-tied" else 6)
+    assert not any("residual_rotation" in key or "head" in key for key in scales)
+    assert after.keys() - scales == before.keys()
+    for key, weight in before.items():
+        if f"{key}_scale" not in scales:
+            assert torch.equal(after[key], weight)
+            continue
+        scale = weight.abs().amax(1, keepdim=True) / LARGEST[scheme]
+        assert_close(after[f"{key}_scale"], scale, rtol=1e-6, atol=0)
+        rounded = (weight / scale).clamp(-448, 448).to(DTYPES["fp8"])
+        if scheme == "int8":
+            rounded = (weight / scale).round().clamp(-128, 127).to(torch.int8)
+        # A quotient that the two round from either side of a half.
+        different = after[key].float() != rounded.float()
+        assert after[key].dtype == DTYPES[scheme]
+        assert different.float().mean() < 1e-3
+    unquantised = read_checkpoint_summary(sliced[name])
+    assert summary.sliced_parameters == unquantised.sliced_parameters
+    assert summary.bytes < unquantised.bytes
+
+
+@pytest.fixture(scope="module")
+def eight_bits(sliced: dict[str, Path]) -> dict[str, Path]:
+    outputs = {name: path.with_name("int8") for name, path in sliced.items()}
+    for name, output in outputs.items():
+        run_quantize(sliced[name], output, "int8", show_progress=False)
+    return outputs
+
+
+def round_what_linears_read(model: torch.nn.Module) -> None:
+    """Round each token to 255 steps, as an engine does."""
+
+    def rounded(_linear: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        scale = inputs[0].abs().amax(-1, keepdim=True) / 127
+        return (inputs[0] / scale).round() * scale
+
+    for name, module in model.named_modules():
+        kept = "residual_rotation" in name or "layers." not in name
+        if isinstance(module, torch.nn.Linear) and not kept:
+            module.register_forward_pre_hook(rounded)
+
+
+def widened(directory: Path, output: Path) -> Path:
+    """The same checkpoint with weights multiplied out, and nothing said of eight bits."""
+    shutil.copytree(directory, output)
+    tensors = load_file(shard(output))
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale")}
+    for name, scale in scales.items():
+        weight = name.removesuffix("_scale")
+        tensors[weight] = tensors[weight].float() * scale
+    save_file(tensors, shard(output), metadata={"format": "pt"})
+    config = json.loads((output / "config.json").read_text())
+    del config["quantization_config"]
+    (output / "config.json").write_text(json.dumps(config))
+    return output
+
+
+@pytest.fixture(scope="module")
+def served(eight_bits: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
+    results = generate_each(list(eight_bits.values()), PROMPTS, 6, EAGER)
+    return dict(zip(eight_bits, results, strict=True))
+
+
+def test_vllm_agrees_with_transformers(
+    served: dict[str, list[dict[str, Any]]],
+    eight_bits: dict[str, Path],
+    sliced: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    for name, directory in eight_bits.items():
+        wide = widened(directory, tmp_path / name)
+        expected = greedy(wide, PROMPTS, 6, round_what_linears_read)
+        exact = greedy(sliced[name], PROMPTS, 6)
+        for ours, theirs, full in zip(served[name], expected, exact, strict=True):
+            assert ours["tokens"] == theirs["tokens"], name
+            # Where a value lies near the middle of two steps, the two round apart.
+            assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=2e-2), name
+            # It is the eight-bit weights that ran.
+            assert ours["logprobs"][0] != pytest.approx(full["logprobs"][0], abs=1e-4), name
+
+
+def test_two_ranks_share_eight_bit_linears(
+    served: dict[str, list[dict[str, Any]]], eight_bits: dict[str, Path]
+) -> None:
+    (two,) = generate_each([eight_bits["opt"]], PROMPTS, 1, EAGER | {"tensor_parallel_size": 2})
+    for alone, shared in zip(served["opt"], two, strict=True):
+        # Each rank rounds its own half of what a row-parallel linear reads, with its own scale.
+        assert shared["logprobs"] == pytest.approx(alone["logprobs"][:1], abs=0.1)
+
+
+def test_what_needs_the_weights_as_they_were_says_so(
+    eight_bits: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, output = str(eight_bits["opt"]), str(tmp_path / "out")
+    text = tmp_path / "text.txt"
+    text.write_text("Rows and columns. " * 400)
+    for arguments in (
+        ["quantize", directory, "--output", output, "--scheme", "fp8"],
+        ["export", directory, "--output", output],
+        ["finetune", directory, "--output", output, "--text", str(text)],
+    ):
+        assert main(arguments) == 2
+        assert f"is quantised: {arguments[0]} needs the checkpoint" in capsys.readouterr().err
+    assert not Path(output).exists()
+
+
+def test_a_scale_that_is_missing_is_named(eight_bits: dict[str, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(eight_bits["llama-tied"], tmp_path / "copy"))
+    tensors = load_file(shard(copy))
+    del tensors["model.layers.1.mlp.up_proj.weight_scale"]
+    save_file(tensors, shard(copy), metadata={"format": "pt"})
+    with pytest.raises(Exception, match=r"missing: model\.layers\.1\.mlp\.up_proj\.weight_scale$"):
+        read_checkpoint_summary(copy)
+
+
+def test_the_config_names_what_stays(eight_bits: dict[str, Path]) -> None:
+    config = json.loads((eight_bits["llama-tied"] / "config.json").read_text())
+    fields = config["quantization_config"]
+    assert fields["quant_method"] == "compressed-tensors"
+    assert fields["ignore"] == ["lm_head", "head_map", "re:.*residual_rotation.*"]
