@@ -1,4 +1,4 @@
-"""The command line: slice, inspect, perplexity, evaluate, finetune, report, export and serve."""
+"""The command line: what each command does; their arguments are in `arguments`."""
 
 import json
 import logging
@@ -172,6 +172,18 @@ def export_command(directory: Path, output: Path) -> int:
     return 0
 
 
+def plan_command(as_json: bool, **options: object) -> int:
+    """Run `sliceserve plan`."""
+    from sliceserve.slicing.plan import PlanOptions, make_plan
+    from sliceserve.slicing.plantable import as_fields, describe_plan
+    from sliceserve.slicing.source import quiet_transformers
+
+    quiet_transformers()
+    plan = make_plan(PlanOptions(**options))  # type: ignore[arg-type]
+    print(json.dumps(as_fields(plan), indent=2) if as_json else describe_plan(plan))
+    return 0
+
+
 def _default_device() -> str:
     import torch
 
@@ -190,6 +202,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "finetune": finetune_command,
     "report": report_command,
     "export": export_command,
+    "plan": plan_command,
 }
 
 if __name__ == "__main__":
