@@ -229,7 +229,7 @@ def _candidates(options: PlanOptions, model: DenseOutline) -> Iterator[_Candidat
         raise UserError(f"--rank {options.rank} needs --rotation low-rank")
     hidden_size = int(model.config.hidden_size)
     yield _Candidate("dense", None, None, None, 1.0, hidden_size, model.shapes(), model.config)
-    given = {} if options.round_to is None else {"round_to": options.round_to}
+    given: dict[str, Any] = {} if options.round_to is None else {"round_to": options.round_to}
     for fraction, rotation in product(options.fraction or [FRACTION], rotations):
         rank = options.rank if rotation == "low-rank" else None
         chosen = SliceOptions(

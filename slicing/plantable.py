@@ -46,7 +46,7 @@ def assumptions(plan: Plan) -> list[str]:
 
 def describe_plan(plan: Plan) -> str:
     """Return a plan as a table, the assumptions under it."""
-    rows = [HEADER]
+    rows: list[tuple[str, ...]] = [HEADER]
     for form in plan.forms:
         sizes = (form.embedding_bytes, form.layers_bytes, form.rotations_bytes, form.head_bytes,
                  form.weight_bytes, form.cache_bytes, form.activation_bytes)  # fmt: skip
