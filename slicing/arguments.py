@@ -14,6 +14,7 @@ REFITS = ("none", "output", "full")
 SCHEMES = ("fp8", "int8")
 METHODS = ("lora", "full")
 BACKENDS = ("transformers", "vllm")
+QUANTIZATIONS = ("none", *SCHEMES)
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -48,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_export(commands)
     _add_quantize(commands)
+    _add_plan(commands)
     commands.add_parser("serve", help="serve a sliced checkpoint with an OpenAI-compatible API")
     return parser
 
@@ -320,6 +322,65 @@ def _add_quantize(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
 
 
+def _add_plan(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="count the GPUs that a model needs, dense and sliced",
+        description="Counts the GPUs of a given size that serve a model, dense and in every form "
+        "it can be sliced to, from its config alone: no weights are read or needed. Of a sliced "
+        "checkpoint, those of the checkpoint.",
+        formatter_class=HelpFormatter,
+    )
+    parser.set_defaults(command="plan")
+    parser.add_argument(
+        "model", metavar="MODEL_OR_DIR", help="a model as for slice, or a sliced checkpoint"
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        type=_bytes,
+        required=True,
+        metavar="SIZE",
+        help="of one GPU, such as 40GiB, which is what a card sold as 40 GB has",
+    )
+    parser.add_argument(
+        "--gpu-memory-utilization",
+        type=_share,
+        default=0.92,
+        metavar="SHARE",
+        help="of it for weights, KV cache and activations, as for serve",
+    )
+    parser.add_argument(
+        "--fraction", type=_fraction, nargs="+", help="as for slice, one or several (0.25)"
+    )
+    parser.add_argument(
+        "--rotation", choices=ROTATIONS, nargs="+", help="as for slice, one or several (all)"
+    )
+    parser.add_argument(
+        "--rank", type=_rank_number, metavar="N", help="as for slice (a 36th of hidden_size)"
+    )
+    parser.add_argument("--round-to", type=_positive, help="as for slice (the same)")
+    parser.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        nargs="+",
+        help="of the layers' linears (none and fp8; of a quantised checkpoint its own)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of weights, KV cache and activations (the config's)"
+    )
+    parser.add_argument(
+        "--context", type=_positive, help="tokens of one sequence (all positions of the model)"
+    )
+    parser.add_argument("--concurrency", type=_positive, default=1, help="sequences at once")
+    parser.add_argument(
+        "--batched-tokens",
+        type=_positive,
+        default=2048,
+        help="at most in one step, as --max-num-batched-tokens for serve",
+    )
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
+
+
 def _fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
@@ -342,8 +403,10 @@ def _share(text: str) -> float:
 
 
 def _rank(text: str) -> int | str:
-    if text == "auto":
-        return text
+    return text if text == "auto" else _rank_number(text)
+
+
+def _rank_number(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
@@ -384,5 +447,6 @@ _rank.__name__ = "rank"
 _share.__name__ = "share"
 _window.__name__ = "number"
 _bytes.__name__ = "size"
+_rank_number.__name__ = "number"
 _rate.__name__ = "rate"
 _names.__name__ = "list"

@@ -20,6 +20,7 @@ from sliceserve.slicing.weights import ShardReader, check_shapes
 
 PROVENANCE = "provenance.json"
 SPECTRUM = "spectrum.npy"
+FORMATS = {"fp8": "float-quantized", "int8": "int-quantized"}  # of compressed-tensors
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,23 @@ def stored_shapes(config: SlicedConfig) -> dict[str, tuple[int, ...]]:
 def is_quantised(config: SlicedConfig) -> bool:
     """Whether the linears of the decoder layers are stored in eight bits."""
     return getattr(config, "quantization_config", None) is not None
+
+
+def quantised_scheme(config: SlicedConfig) -> str | None:
+    """Return the name of the scheme that `quantize` stored the linears in; None if it did not.
+
+    Raises:
+        UserError: another tool has, in a format of its own.
+
+    """
+    if not is_quantised(config):
+        return None
+    fields = config.quantization_config
+    given = fields.get("format") if isinstance(fields, dict) else None
+    names = [name for name, form in FORMATS.items() if form == given]
+    if not names:
+        raise UserError(f"quantization_config of config.json: format {given!r} is not known")
+    return names[0]
 
 
 def check_unquantised(directory: Path, config: SlicedConfig, command: str) -> None:

@@ -187,6 +187,17 @@ def quantize_command(directory: Path, output: Path, scheme: str) -> int:
 
     quiet_transformers()
     print(describe(run_quantize(directory, output, scheme)))
+
+
+def plan_command(as_json: bool, **options: object) -> int:
+    """Run `sliceserve plan`."""
+    from sliceserve.slicing.plan import PlanOptions, make_plan
+    from sliceserve.slicing.plantable import as_fields, describe_plan
+    from sliceserve.slicing.source import quiet_transformers
+
+    quiet_transformers()
+    plan = make_plan(PlanOptions(**options))  # type: ignore[arg-type]
+    print(json.dumps(as_fields(plan), indent=2) if as_json else describe_plan(plan))
     return 0
 
 
@@ -209,6 +220,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "report": report_command,
     "export": export_command,
     "quantize": quantize_command,
+    "plan": plan_command,
 }
 
 if __name__ == "__main__":

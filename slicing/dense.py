@@ -25,18 +25,14 @@ from sliceserve.slicing.weights import (
 
 
 @dataclass(frozen=True)
-class DenseModel:
-    """A dense model on disk, its modules on the meta device and its weights read when asked for.
+class DenseOutline:
+    """A dense model as its config describes it, without weights.
 
     Attributes:
         location: where it lies.
         config: its Transformers config.
         architecture: the description of its class.
         skeleton: the Transformers model; parameters on the meta device, buffers real.
-        reader: its stored tensors.
-        dtype: of the stored weights (bfloat16 for a GGUF file, which has many).
-        parameters: as its user stores them, tied tables counted once.
-        files: the weight files.
 
     """
 
@@ -44,9 +40,33 @@ class DenseModel:
     config: PreTrainedConfig
     architecture: Architecture
     skeleton: nn.Module
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the name and shape of every tensor that its user stores, tied tables once."""
+        shapes = {name: tuple(p.shape) for name, p in self.skeleton.named_parameters()}
+        if self.config.tie_word_embeddings:
+            shapes.pop(f"{self.architecture.head}.weight", None)
+        return shapes
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in these tensors."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes().values())
+
+
+@dataclass(frozen=True)
+class DenseModel(DenseOutline):
+    """A dense model on disk; its weights are read when asked for.
+
+    Attributes:
+        reader: its stored tensors.
+        dtype: of the stored weights (bfloat16 for a GGUF file, which has many).
+        files: the weight files.
+
+    """
+
     reader: TensorReader
     dtype: torch.dtype
-    parameters: int
     files: tuple[Path, ...]
 
     def read(self, name: str) -> Tensor:
@@ -71,11 +91,7 @@ def open_dense_model(model: str) -> DenseModel:
 
     """
     location = locate(model)
-    config = read_dense_config(location)
-    architecture = find_architecture(config.architectures[0])
-    check_variant(f"MODEL {location}", config, architecture)
-    with reading(f"config of MODEL {location}"), init_empty_weights(include_buffers=False):
-        skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    outline = outline_dense_model(location)
     reader: TensorReader
     if location.gguf_file:
         files: tuple[Path, ...] = (location.path,)
@@ -83,16 +99,28 @@ def open_dense_model(model: str) -> DenseModel:
     else:
         shards = ShardReader(location.directory)
         reader, files = shards, tuple(shards.files)
-    check_covered(location, skeleton, architecture)
-    expected = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
-    if config.tie_word_embeddings:
-        expected.pop(f"{architecture.head}.weight", None)
-    check_dense_shapes(location, reader.shapes(), expected, architecture)
+    architecture = outline.architecture
+    check_dense_shapes(location, reader.shapes(), outline.shapes(), architecture)
     # A GGUF file has many dtypes. Some checkpoints keep their norms in float32, hence the table's.
     table = f"{architecture.tokens}.weight"
     dtype = torch.bfloat16 if location.gguf_file else shards.dtype([table])
-    parameters = sum(torch.Size(shape).numel() for shape in expected.values())
-    return DenseModel(location, config, architecture, skeleton, reader, dtype, parameters, files)
+    return DenseModel(**vars(outline), reader=reader, dtype=dtype, files=files)
+
+
+def outline_dense_model(location: Location) -> DenseOutline:
+    """Outline a model from its config alone.
+
+    Raises:
+        UserError: there is no readable config, or the model is not one that can be sliced.
+
+    """
+    config = read_dense_config(location)
+    architecture = find_architecture(config.architectures[0])
+    check_variant(f"MODEL {location}", config, architecture)
+    with reading(f"config of MODEL {location}"), init_empty_weights(include_buffers=False):
+        skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    check_covered(location, skeleton, architecture)
+    return DenseOutline(location, config, architecture, skeleton)
 
 
 def read_dense_config(location: Location) -> PreTrainedConfig:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from sliceserve.slicing.architectures import find_architecture
 from sliceserve.slicing.checkpoint import (
+    FORMATS,
     PROVENANCE,
     CheckpointSummary,
     check_unquantised,
@@ -48,8 +49,8 @@ class Scheme:
 
 
 SCHEMES = {
-    "fp8": Scheme("FP8_DYNAMIC", "float-quantized"),
-    "int8": Scheme("INT8", "int-quantized"),
+    "fp8": Scheme("FP8_DYNAMIC", FORMATS["fp8"]),
+    "int8": Scheme("INT8", FORMATS["int8"]),
 }
 
 

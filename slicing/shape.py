@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sliceserve.slicing.config import SlicedConfig, sliced_config
-from sliceserve.slicing.dense import DenseModel
+from sliceserve.slicing.dense import DenseOutline
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.modeling import expected_shapes
 from sliceserve.slicing.places import SlicePlan
@@ -36,7 +36,7 @@ class Shape:
 
     """
 
-    model: DenseModel
+    model: DenseOutline
     dtype: torch.dtype
     widths: list[int]
     rank: int | None
@@ -81,7 +81,7 @@ class Shape:
         )
 
 
-def choose_shape(options: "SliceOptions", model: DenseModel, dtype: torch.dtype) -> Shape:
+def choose_shape(options: "SliceOptions", model: DenseOutline, dtype: torch.dtype) -> Shape:
     """Choose widths and ranks.
 
     Raises:

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from sliceserve.slicing.errors import UserError, reading
 
+CONFIG_ALONE = ["config.json"]
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 # Mistral's own format of the same weights, and other formats in folders, double the download.
 HUB_IGNORED = ["consolidated*", "tekken.json", "*/*"]
@@ -52,8 +54,8 @@ class Location:
         return arguments | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
 
-def locate(model: str) -> Location:
-    """Find a model by path, or fetch it from the hub by id.
+def locate(model: str, hub_patterns: Sequence[str] = HUB_PATTERNS) -> Location:
+    """Find a model by path, or fetch those of its files that match from the hub by id.
 
     Raises:
         UserError: there is no such path, and no such model on the hub or no way to reach it.
@@ -71,7 +73,9 @@ def locate(model: str) -> Location:
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise UserError(f"MODEL {model!r} does not exist and is no hub id such as owner/name")
     try:
-        fetched = snapshot_download(model, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED)
+        fetched = snapshot_download(
+            model, allow_patterns=list(hub_patterns), ignore_patterns=HUB_IGNORED
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         why = getattr(error, "server_message", None) or str(error)
         message = f"MODEL {model!r} is no directory here and the hub did not give it: "

@@ -164,3 +164,18 @@ def test_the_config_names_what_stays(eight_bits: dict[str, Path]) -> None:
     fields = config["quantization_config"]
     assert fields["quant_method"] == "compressed-tensors"
     assert fields["ignore"] == ["lm_head", "head_map", "re:.*residual_rotation.*"]
+
+
+def test_the_plan_of_an_eight_bit_checkpoint_is_for_eight_bits(
+    eight_bits: dict[str, Path], sliced: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {}
+    for name, directory in (("eight", eight_bits["opt"]), ("full", sliced["opt"])):
+        arguments = ["plan", str(directory), "--gpu-memory", "1GiB", "--json"]
+        assert main(arguments) == 0
+        sizes[name] = json.loads(capsys.readouterr().out)["forms"]
+    (eight,) = sizes["eight"]
+    assert eight["quantization"] == "int8"
+    assert eight["layers_bytes"] < sizes["full"][0]["layers_bytes"] / 3
+    assert main([*arguments[:1], str(eight_bits["opt"]), *arguments[2:], "--quantization", "fp8"])
+    assert "is quantised already" in capsys.readouterr().err

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import promql_parser
 import pytest
+from helm_render import CHART, of_kind, render, rule_expressions, scenario, series_of
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
 
-from sliceserve.server.serve import main
+from sliceserve.server.serve import main, parse_arguments
 from sliceserve.slicing.checkpoint import read_checkpoint_summary
 from sliceserve.slicing.errors import UserError
 
@@ -366,3 +368,41 @@ def test_missing_directory_is_a_usage_error(capsys: pytest.CaptureFixture[str]) 
         main([])
     assert caught.value.code == 2
     assert "required: DIR" in capsys.readouterr().err
+
+
+def test_the_chart_asks_for_series_that_the_server_exports(server: Server) -> None:
+    """Those of the alert rules and of the autoscaler; `up` is Prometheus' own."""
+    values = scenario(CHART / "ci" / "full-values.yaml")
+    manifests = render(values)
+    (rule,) = of_kind(manifests, "PrometheusRule")
+    recorded = {r["record"] for g in rule["spec"]["groups"] for r in g["rules"] if "record" in r}
+    (scaled,) = of_kind(manifests, "ScaledObject")
+    query = scaled["spec"]["triggers"][0]["metadata"]["query"]
+    expressions = [*rule_expressions(values), promql_parser.parse(query)]
+    wanted = set[str]().union(*map(series_of, expressions))
+    assert recorded | {"up"} < wanted
+    server.get("/v1/models")  # requests are counted from the first on
+    labels: dict[str, set[str]] = {}
+    for name, found in server.samples():
+        labels.setdefault(name, set()).update(label for label, _ in found)
+    for name in sorted(wanted - recorded - {"up"}):
+        assert name in labels, name
+        assert ("status" if name == "http_requests_total" else "model_name") in labels[name]
+
+
+@pytest.mark.parametrize("path", sorted(CHART.glob("ci/*-values.yaml")), ids=lambda path: path.name)
+def test_the_server_takes_the_command_of_a_rendered_pod(path: Path) -> None:
+    (deployment,) = of_kind(render(scenario(path)), "Deployment")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    program, command, *rest = container["command"] + container["args"]
+    assert (program, command) == ("sliceserve", "serve")
+    # What the server's own drain and authentication add is not there yet.
+    coming = ("--drain-timeout=", "--api-key-file=", "--metrics-public")
+    args = parse_arguments([word for word in rest if not word.startswith(coming)])
+    assert args.host == "0.0.0.0"
+    assert args.port == 8000
+    assert args.model == container["command"][2]
+    options = dict(word.lstrip("-").split("=") for word in container["args"] if "=" in word)
+    assert args.tensor_parallel_size == int(options["tensor-parallel-size"])
+    assert args.pipeline_parallel_size == int(options["pipeline-parallel-size"])
+    assert args.served_model_name == [options["served-model-name"]]

@@ -1,0 +1,95 @@
+{{- define "sliceserve.fullname" -}}
+{{- if contains .Chart.Name .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "sliceserve.selectorLabels" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "sliceserve.labels" -}}
+{{ include "sliceserve.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end -}}
+
+{{- define "sliceserve.image" -}}
+{{- with .Values.image -}}
+{{- if .digest -}}{{ .repository }}@{{ .digest }}{{- else -}}{{ .repository }}:{{ .tag | default $.Chart.AppVersion }}{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What `sliceserve slice` is given as MODEL; exactly one source must be named. */}}
+{{- define "sliceserve.source" -}}
+{{- $model := .Values.model -}}
+{{- $sources := list -}}
+{{- with $model.hub }}{{ $sources = append $sources . }}{{ end -}}
+{{- if $model.claim.name }}{{ $sources = append $sources (printf "/model/%s" $model.claim.path | trimSuffix "/") }}{{ end -}}
+{{- if $model.image.reference }}{{ $sources = append $sources (printf "/model/%s" $model.image.path | trimSuffix "/") }}{{ end -}}
+{{- if $model.download.image }}{{ $sources = append $sources "/model" }}{{ end -}}
+{{- if ne (len $sources) 1 -}}
+{{- fail (printf "name one model: one of model.hub, model.claim.name, model.image.reference and model.download.image must be set, not %d" (len $sources)) -}}
+{{- end -}}
+{{- first $sources -}}
+{{- end -}}
+
+{{/* Everything that makes one slice another: names its directory. */}}
+{{- define "sliceserve.slice" -}}
+{{- $model := omit .Values.model "servedName" "hubToken" -}}
+{{- dict "model" $model "fraction" .Values.slice.fraction "args" .Values.slice.extraArgs | toJson | sha256sum | trunc 10 -}}
+{{- end -}}
+
+{{/* Everything a Job is made of, since a Job cannot be changed: a new one finds the slice there. */}}
+{{- define "sliceserve.job" -}}
+{{- $parts := dict "chart" .Chart.Version "app" .Chart.AppVersion "gpu" .Values.server.gpuResource -}}
+{{- $parts = merge $parts (pick .Values "image" "model" "slice" "checkpoints" "podSecurity") -}}
+{{- printf "%s-slice-%s" (include "sliceserve.fullname" .) (toJson $parts | sha256sum | trunc 10) -}}
+{{- end -}}
+
+{{- define "sliceserve.directory" -}}
+/checkpoints/{{ include "sliceserve.slice" . }}
+{{- end -}}
+
+{{- define "sliceserve.servedName" -}}
+{{- .Values.model.servedName | default (include "sliceserve.source" . | base) -}}
+{{- end -}}
+
+{{- define "sliceserve.claim" -}}
+{{- .Values.checkpoints.existingClaim | default (printf "%s-checkpoints" (include "sliceserve.fullname" .)) -}}
+{{- end -}}
+
+{{- define "sliceserve.gpus" -}}
+{{- mul .Values.server.tensorParallelSize .Values.server.pipelineParallelSize -}}
+{{- end -}}
+
+{{- define "sliceserve.podSecurityContext" -}}
+runAsNonRoot: true
+runAsUser: {{ .Values.podSecurity.user }}
+runAsGroup: {{ .Values.podSecurity.user }}
+fsGroup: {{ .Values.podSecurity.user }}
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile:
+  type: RuntimeDefault
+{{- end -}}
+
+{{- define "sliceserve.securityContext" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end -}}
+
+{{/* Resources with GPUs: a dict of root, resources and gpus. */}}
+{{- define "sliceserve.resources" -}}
+{{- $resources := deepCopy .resources -}}
+{{- if and .gpus .root.Values.server.gpuResource -}}
+{{- $limits := merge (dict .root.Values.server.gpuResource (toString .gpus)) ($resources.limits | default dict) -}}
+{{- $_ := set $resources "limits" $limits -}}
+{{- end -}}
+{{- toYaml $resources -}}
+{{- end -}}

@@ -1,0 +1,78 @@
+"""The chart rendered by a real Helm, offline."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import promql_parser
+import yaml
+from helm_python import _native
+
+REPOSITORY = Path(__file__).parents[1]
+CHART = REPOSITORY / "helm" / "sliceserve"
+SCENARIOS = sorted(CHART.glob("ci/*-values.yaml"))
+
+Manifest = dict[str, Any]
+
+
+def scenario(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load(path.read_text())
+    return values
+
+
+def render_files(values: dict[str, Any], kube_version: str = "1.33.0") -> dict[str, str]:
+    """Render every template, checked against the schema; also NOTES.txt."""
+    chart = helm_python.Chart.load(CHART)
+    chart.validate_schema(values)
+    options = {"name": "demo", "namespace": "llm", "kube_version": kube_version}
+    # The public method cannot set a namespace beside a version in this release.
+    rendered: dict[str, str] = json.loads(
+        _native.call_string("helm_render", chart._raw(), json.dumps(values), json.dumps(options))
+    )
+    return rendered
+
+
+def render(values: dict[str, Any], kube_version: str = "1.33.0") -> list[Manifest]:
+    """Render every manifest."""
+    files = render_files(values, kube_version)
+    return [
+        manifest
+        for name, text in sorted(files.items())
+        if name.endswith(".yaml")
+        for manifest in yaml.safe_load_all(text)
+        if manifest
+    ]
+
+
+def of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:
+    return [manifest for manifest in manifests if manifest["kind"] == kind]
+
+
+def rule_expressions(values: dict[str, Any]) -> list[Any]:
+    """Parse the expression of every rule.
+
+    Raises:
+        ValueError: one is not PromQL.
+
+    """
+    (rule,) = of_kind(render(values), "PrometheusRule")
+    return [
+        promql_parser.parse(rule["expr"])
+        for group in rule["spec"]["groups"]
+        for rule in group["rules"]
+    ]
+
+
+def series_of(expression: Any) -> set[str]:
+    """Names of the series that a parsed expression selects."""
+    names: set[str] = set()
+
+    def visit(node: Any) -> None:
+        # The selector of a range is no node of its own.
+        selector = getattr(node, "vector_selector", node)
+        if isinstance(selector, promql_parser.VectorSelector):
+            names.add(selector.name)
+
+    promql_parser.walk(expression, visit)
+    return names

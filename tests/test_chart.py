@@ -1,0 +1,336 @@
+"""The chart under a real Helm: every scenario rendered and checked against Kubernetes' schemas."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import kubernetes_validate
+import pytest
+import yaml
+from helm_python import HelmError
+from helm_render import CHART, REPOSITORY, SCENARIOS, Manifest, of_kind, render, scenario
+
+from sliceserve.slicing.checkpoint import read_checkpoint_summary
+
+NEWEST = int(kubernetes_validate.latest_version().split(".")[1])
+FULL = scenario(CHART / "ci" / "full-values.yaml")
+PAPER = "--rotation dense --basis pca --refit none"
+HUB: dict[str, Any] = {"model": {"hub": "owner/name"}}
+ids = {"ids": lambda path: path.name.removesuffix("-values.yaml")}
+
+
+def with_values(base: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of values with one of them changed."""
+    copy: dict[str, Any] = json.loads(json.dumps(base))
+    *parents, last = path.split(".")
+    place = copy
+    for name in parents:
+        place = place.setdefault(name, {})
+    place[last] = value
+    return copy
+
+
+def pods(manifests: list[Manifest]) -> Iterator[Manifest]:
+    """Metadata and spec of every pod of a release."""
+    for manifest in manifests:
+        if manifest["kind"] == "Pod":
+            yield manifest
+        elif manifest["kind"] in ("Job", "Deployment"):
+            yield manifest["spec"]["template"]
+
+
+def server_pod(values: dict[str, Any]) -> Manifest:
+    (deployment,) = of_kind(render(values), "Deployment")
+    template: Manifest = deployment["spec"]["template"]
+    return template
+
+
+def slicing_job(values: dict[str, Any]) -> Manifest:
+    (job,) = of_kind(render(values), "Job")
+    return job
+
+
+def output_of(job: Manifest) -> str:
+    directory: str = job["spec"]["template"]["spec"]["containers"][0]["command"][3]
+    return directory
+
+
+def without_values(spec: Manifest) -> dict[str, str]:
+    return {entry["name"]: entry["value"] for entry in spec["env"] if "value" in entry}
+
+
+@pytest.mark.parametrize("path", SCENARIOS, **ids)
+def test_lint_finds_nothing(path: Path) -> None:
+    report = helm_python.lint(CHART, scenario(path), strict=True)
+    assert report["total_charts_linted"] == 1
+    assert report["errors"] == []
+    assert [m for m in report["messages"] if m["severity"] > 1] == []
+
+
+@pytest.mark.parametrize("minor", range(28, NEWEST + 1))
+def test_kubernetes_takes_every_manifest(minor: int) -> None:
+    """Strictly: no field that this version does not know."""
+    # What scenarios share is checked once.
+    manifests = {
+        json.dumps(manifest, sort_keys=True)
+        for path in SCENARIOS
+        if path.name != "oci-values.yaml" or minor >= 31
+        for manifest in render(scenario(path), f"1.{minor}.0")
+    }
+    kinds = set()
+    for manifest in map(json.loads, manifests):
+        group = manifest["apiVersion"].split("/")[0]
+        if group in ("monitoring.coreos.com", "keda.sh", "gateway.networking.k8s.io"):
+            continue  # see `test_custom_resources_fit_the_release`
+        kubernetes_validate.validate(manifest, f"1.{minor}", strict=True)
+        kinds.add(manifest["kind"])
+    assert kinds == {
+        "Deployment", "HorizontalPodAutoscaler", "Ingress", "Job", "NetworkPolicy",
+        "PersistentVolumeClaim", "Pod", "PodDisruptionBudget", "Service", "ServiceAccount",
+    }  # fmt: skip
+
+
+def test_custom_resources_fit_the_release() -> None:
+    manifests = render(FULL)
+    (service,), (deployment,) = of_kind(manifests, "Service"), of_kind(manifests, "Deployment")
+    (scaled,) = of_kind(manifests, "ScaledObject")
+    assert scaled["apiVersion"] == "keda.sh/v1alpha1"
+    assert scaled["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    (trigger,) = scaled["spec"]["triggers"]
+    assert (trigger["type"], trigger["metricType"]) == ("prometheus", "AverageValue")
+    assert trigger["metadata"] == {
+        "serverAddress": "http://prometheus.monitoring:9090",
+        "query": 'sum(vllm:num_requests_waiting{namespace="llm",model_name="llama-2-70b"})',
+        "threshold": "5",
+    }
+    assert "replicas" not in deployment["spec"]
+    (route,) = of_kind(manifests, "HTTPRoute")
+    (rule,) = route["spec"]["rules"]
+    assert rule["timeouts"] == {"request": "3600s"}
+    (port,) = service["spec"]["ports"]
+    assert rule["backendRefs"] == [{"name": service["metadata"]["name"], "port": port["port"]}]
+    (monitor,) = of_kind(manifests, "ServiceMonitor")
+    assert monitor["metadata"]["labels"]["release"] == "prometheus"
+    assert [endpoint["port"] for endpoint in monitor["spec"]["endpoints"]] == [port["name"]]
+    wanted = monitor["spec"]["selector"]["matchLabels"].items()
+    assert wanted <= service["metadata"]["labels"].items()
+    manifests = render(scenario(CHART / "ci" / "hpa-values.yaml"))
+    (monitor,) = of_kind(manifests, "PodMonitor")
+    labels = server_pod(FULL)["metadata"]["labels"].items()
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels
+    assert monitor["spec"]["podMetricsEndpoints"][0]["port"] == "http"
+
+
+def objects(values: dict[str, Any], path: str = "") -> Iterator[str]:
+    """The paths of the chart's own objects; the free ones are those of Kubernetes."""
+    free = ("requests", "limits", "nodeSelector", "affinity", "annotations", "labels")
+    yield path
+    for name, value in values.items():
+        if isinstance(value, dict) and name not in free:
+            yield from objects(value, f"{path}.{name}".strip("."))
+
+
+@pytest.mark.parametrize(
+    "path", sorted(objects(yaml.safe_load((CHART / "values.yaml").read_text())))
+)
+def test_a_typo_is_refused(path: str) -> None:
+    values = with_values(HUB, f"{path}.typpo".strip("."), 1)
+    with pytest.raises(HelmError, match="typpo"):
+        render(values)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("slice.fraction", 1),
+        ("slice.fraction", "a quarter"),
+        ("server.replicas", 0),
+        ("server.tensorParallelSize", 1.5),
+        ("autoscaling.kind", "vpa"),
+        ("image.digest", "latest"),
+        ("checkpoints.size", "200 GB"),
+        ("model.hub", "name"),
+        ("podSecurity.user", 0),
+    ],
+)
+def test_impossible_values_are_refused(path: str, value: Any) -> None:
+    with pytest.raises(HelmError, match=path.rsplit(".", 1)[1]):
+        render(with_values(HUB, path, value))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "name one model: .* not 0"),
+        ({"model": {"hub": "a/b", "claim": {"name": "c"}}}, "name one model: .* not 2"),
+        (HUB | {"server": {"replicas": 2}}, "set checkpoints.accessMode to ReadWriteMany"),
+        (HUB | {"ingress": {"enabled": True}}, "ingress.enabled needs ingress.host"),
+        (HUB | {"httpRoute": {"enabled": True}}, "httpRoute.enabled needs httpRoute.parentRefs"),
+        (
+            HUB | {"autoscaling": {"kind": "keda"}, "checkpoints": {"existingClaim": "c"}},
+            "needs autoscaling.prometheusAddress",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(HelmError, match=message):
+        render(values)
+
+
+@pytest.mark.parametrize("path", SCENARIOS, **ids)
+def test_pods_pass_the_restricted_standard(path: Path) -> None:
+    """The rules of the "restricted" pod security standard, and what the chart promises beyond."""
+    found = list(pods(render(scenario(path))))
+    assert len(found) == 3
+    for pod in found:
+        spec = pod["spec"]
+        assert not spec.keys() & {"hostNetwork", "hostPID", "hostIPC"}
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["runAsUser"] > 0
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        kinds = {kind for volume in spec.get("volumes", []) for kind in volume.keys() - {"name"}}
+        assert kinds <= {"persistentVolumeClaim", "emptyDir", "secret", "image"}
+        for container in spec["containers"] + spec.get("initContainers", []):
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
+            assert mounts <= {volume["name"] for volume in spec.get("volumes", [])}
+
+
+@pytest.mark.parametrize("path", SCENARIOS, **ids)
+def test_secrets_are_named_and_never_made(path: Path) -> None:
+    manifests = render(scenario(path))
+    assert of_kind(manifests, "Secret") == []
+    for pod in pods(manifests):
+        for container in pod["spec"]["containers"]:
+            values = without_values({"env": container.get("env", [])})
+            assert not values.keys() & {"HF_TOKEN", "API_KEY", "SLICESERVE_API_KEY"}
+
+
+def test_parallel_sizes_drive_gpus_and_shared_memory() -> None:
+    spec = server_pod(FULL)["spec"]
+    (server,) = spec["containers"]
+    assert server["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    (memory,) = [v for v in spec["volumes"] if v["name"] == "shared-memory"]
+    assert memory["emptyDir"] == {"medium": "Memory", "sizeLimit": "4096Mi"}
+    on_cpu = server_pod(scenario(CHART / "ci" / "cpu-values.yaml"))["spec"]["containers"][0]
+    assert on_cpu["resources"]["limits"] == {"memory": "64Gi"}
+
+
+def test_the_grace_period_covers_the_drain() -> None:
+    values = with_values(HUB, "server.drainTimeoutSeconds", 300)
+    spec = server_pod(with_values(values, "server.preStopSeconds", 20))["spec"]
+    assert "--drain-timeout=300" in spec["containers"][0]["args"]
+    assert spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "20"]
+    assert spec["terminationGracePeriodSeconds"] >= 320
+
+
+def test_a_rolling_update_never_goes_below_capacity() -> None:
+    (deployment,) = of_kind(render(FULL), "Deployment")
+    assert deployment["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+
+
+@pytest.mark.parametrize("path", SCENARIOS, **ids)
+def test_selectors_find_their_pods_and_no_others(path: Path) -> None:
+    manifests = render(scenario(path))
+    labels = [pod["metadata"]["labels"] for pod in pods(manifests)]
+    parts = {entry["app.kubernetes.io/component"]: entry for entry in labels}
+    assert set(parts) == {"server", "slice", "test"}
+    (deployment,) = of_kind(manifests, "Deployment")
+    (budget,) = of_kind(manifests, "PodDisruptionBudget")
+    (service,) = of_kind(manifests, "Service")
+    selectors = [
+        deployment["spec"]["selector"]["matchLabels"],
+        budget["spec"]["selector"]["matchLabels"],
+        service["spec"]["selector"],
+    ]
+    for selector in selectors:
+        matching = [part for part, found in parts.items() if selector.items() <= found.items()]
+        assert matching == ["server"]
+
+
+def egress_ports(values: dict[str, Any], component: str) -> set[int]:
+    """Ports to which the policies let a pod connect, wherever to."""
+    policies = of_kind(render(values), "NetworkPolicy")
+    labels = {"app.kubernetes.io/name": "sliceserve", "app.kubernetes.io/instance": "demo",
+              "app.kubernetes.io/component": component}  # fmt: skip
+    return {
+        port["port"]
+        for policy in policies
+        if policy["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+        for rule in policy["spec"].get("egress", [])
+        for port in rule["ports"]
+    }
+
+
+def test_only_a_job_that_downloads_reaches_the_internet() -> None:
+    assert egress_ports(FULL, "server") == {53}
+    assert egress_ports(FULL, "slice") == {53, 443}
+    assert egress_ports(FULL, "test") == {53, 8000}
+    claim = {"model": {"claim": {"name": "models", "path": "llama"}}}
+    assert egress_ports(claim, "slice") == {53}
+
+
+def test_a_job_is_another_when_anything_in_it_is() -> None:
+    """Kubernetes refuses to change a Job; its output is the same as long as the slice is."""
+    first = slicing_job(HUB)
+    newer_image = slicing_job(with_values(HUB, "image.tag", "0.2.0"))
+    assert newer_image["metadata"]["name"] != first["metadata"]["name"]
+    assert output_of(newer_image) == output_of(first)
+    renamed = slicing_job(with_values(HUB, "server.replicas", 1))
+    assert renamed == first
+    more = slicing_job(with_values(HUB, "slice.fraction", 0.3))
+    assert output_of(more) != output_of(first)
+    (server,) = server_pod(with_values(HUB, "slice.fraction", 0.3))["spec"]["containers"]
+    assert server["command"] == ["sliceserve", "serve", output_of(more)]
+
+
+def test_the_job_slices_once_and_for_all(tiny: Path, tmp_path: Path) -> None:
+    """The rendered command, run here with the claim's directory moved."""
+    values = {
+        "model": {"claim": {"name": "models", "path": "tiny"}},
+        "slice": {"gpus": 0, "extraArgs": f"--samples 4 --sequence-length 32 {PAPER}".split()},
+    }
+    (container,) = slicing_job(values)["spec"]["template"]["spec"]["containers"]
+    moved = [
+        word.replace("/checkpoints", str(tmp_path)).replace("/model/tiny", str(tiny))
+        for word in container["command"] + container["args"]
+    ]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    outputs = [
+        subprocess.run(
+            moved, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
+        ).stdout
+        for _ in range(2)
+    ]
+    (directory,) = tmp_path.iterdir()
+    summary = read_checkpoint_summary(directory)
+    assert summary.slicing.widths[0] == 72
+    assert str(summary.sliced_parameters)[:3] in outputs[0].replace(",", "")
+    assert outputs[1] == f"{directory} is there already\n"
+
+
+def test_the_readme_is_up_to_date_and_says_what_every_value_is() -> None:
+    command = [sys.executable, "deploy/chart_readme.py", "helm/sliceserve"]
+    page = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert page.stdout == (CHART / "README.md").read_text(), "run `make chart-readme`"
+    named = {line.split("`")[1] for line in page.stdout.splitlines() if line.startswith("| `")}
+
+    def leaves(values: dict[str, Any], path: str) -> Iterator[str]:
+        for name, value in values.items():
+            here = f"{path}.{name}".strip(".")
+            if here in named or not isinstance(value, dict):
+                yield here
+            else:
+                yield from leaves(value, here)
+
+    assert set(leaves(yaml.safe_load((CHART / "values.yaml").read_text()), "")) == named

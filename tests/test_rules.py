@@ -1,0 +1,149 @@
+"""The chart's alert rules: parsed, and tried on series that must fire them and that must not."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helm_render import CHART, of_kind, render, rule_expressions, scenario
+
+FULL = scenario(CHART / "ci" / "full-values.yaml")
+PROMTOOL = shutil.which("promtool", path=str(Path(sys.executable).parent))
+POD = 'namespace="llm",pod="demo-sliceserve-5d9c7b-x2x4z"'
+MODEL = 'namespace="llm",model_name="llama-2-70b"'
+BUCKET = "sliceserve_time_to_first_token_seconds_bucket"
+
+needs_promtool = pytest.mark.skipif(
+    PROMTOOL is None, reason="no promtool: apt gave no prometheus package to `make install`"
+)
+
+# For every alert: series on which it fires after 45 minutes, and the same with what keeps it quiet.
+CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "SliceserveTargetDown": (
+        {f"up{{{POD}}}": "0x2000"},
+        {f"up{{{POD}}}": "1x2000"},
+    ),
+    "SliceserveNoReplicaReady": (
+        {'up{namespace="llm",pod="another-5d9c7b-x2x4z"}': "1x2000"},
+        {f"up{{{POD}}}": "1x2000"},
+    ),
+    "SliceserveErrors": (
+        {
+            f'http_requests_total{{{POD},status="5xx"}}': "0+6x2000",
+            f'http_requests_total{{{POD},status="2xx"}}': "0+60x2000",
+        },
+        {
+            f'http_requests_total{{{POD},status="5xx"}}': "0+1x2000",
+            f'http_requests_total{{{POD},status="2xx"}}': "0+60x2000",
+        },
+    ),
+    "SliceserveSlowFirstToken": (
+        {
+            f'{BUCKET}{{{MODEL},le="1.0"}}': "0+98x2000",
+            f'{BUCKET}{{{MODEL},le="7.5"}}': "0+98x2000",
+            f'{BUCKET}{{{MODEL},le="10.0"}}': "0+100x2000",
+            f'{BUCKET}{{{MODEL},le="+Inf"}}': "0+100x2000",
+        },
+        {
+            f'{BUCKET}{{{MODEL},le="1.0"}}': "0+100x2000",
+            f'{BUCKET}{{{MODEL},le="7.5"}}': "0+100x2000",
+            f'{BUCKET}{{{MODEL},le="+Inf"}}': "0+100x2000",
+        },
+    ),
+    "SliceserveQueueGrows": (
+        {f"vllm:num_requests_waiting{{{MODEL}}}": "0+2x2000"},
+        {f"vllm:num_requests_waiting{{{MODEL}}}": "2000-1x1900"},
+    ),
+    "SliceserveCacheFull": (
+        {f"vllm:kv_cache_usage_perc{{{MODEL}}}": "0.99x2000"},
+        {f"vllm:kv_cache_usage_perc{{{MODEL}}}": "0.9x2000"},
+    ),
+    "SliceservePreemptions": (
+        {f"vllm:num_preemptions_total{{{MODEL}}}": "0+120x2000"},
+        {f"vllm:num_preemptions_total{{{MODEL}}}": "0+30x2000"},
+    ),
+    # A day at 600 tokens a minute, then at 300; requests wait, or do not.
+    "SliceserveGpuTimeRegression": (
+        {
+            f"sliceserve_gpus{{{MODEL}}}": "8x2000",
+            f"sliceserve_generation_tokens_total{{{MODEL}}}": "0+600x1440 864000+300x560",
+            f"vllm:num_requests_waiting{{{MODEL}}}": "3x2000",
+        },
+        {
+            f"sliceserve_gpus{{{MODEL}}}": "8x2000",
+            f"sliceserve_generation_tokens_total{{{MODEL}}}": "0+600x1440 864000+300x560",
+            f"vllm:num_requests_waiting{{{MODEL}}}": "0x2000",
+        },
+    ),
+}
+# The regression needs the day before.
+LATER = {"SliceserveGpuTimeRegression": "1500m"}
+
+
+def rules() -> dict[str, Any]:
+    (rule,) = of_kind(render(FULL), "PrometheusRule")
+    spec: dict[str, Any] = rule["spec"]
+    return spec
+
+
+def promtool(*arguments: str, directory: Path) -> str:
+    assert PROMTOOL is not None
+    result = subprocess.run(
+        [PROMTOOL, *arguments], cwd=directory, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_every_alert_says_what_to_do() -> None:
+    (group,) = rules()["groups"]
+    alerts = {rule["alert"]: rule for rule in group["rules"] if "alert" in rule}
+    assert set(alerts) == set(CASES)
+    for rule in alerts.values():
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert rule["annotations"]["summary"]
+        assert rule["annotations"]["runbook"]
+
+
+def test_every_expression_parses() -> None:
+    assert len(rule_expressions(FULL)) == len(CASES) + 1
+
+
+@needs_promtool
+def test_promtool_takes_the_rules(tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules()))
+    printed = promtool("check", "rules", "rules.yaml", directory=tmp_path)
+    assert f"SUCCESS: {len(CASES) + 1} rules found" in printed
+
+
+@needs_promtool
+@pytest.mark.parametrize("fires", [True, False], ids=["fires", "quiet"])
+@pytest.mark.parametrize("alert", CASES)
+def test_an_alert_fires_when_it_must(alert: str, fires: bool, tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules()))
+    series = CASES[alert][0 if fires else 1]
+    when = LATER.get(alert, "45m")
+    # The labels are those of the expression; that it fires at all is what is asked.
+    count = f'count(ALERTS{{alertname="{alert}",alertstate="firing"}})'
+    test = {
+        "rule_files": ["rules.yaml"],
+        "evaluation_interval": "1m",
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": [{"series": k, "values": v} for k, v in series.items()],
+                "promql_expr_test": [
+                    {
+                        "expr": count,
+                        "eval_time": when,
+                        "exp_samples": [{"labels": "{}", "value": 1}] if fires else [],
+                    }
+                ],
+            }
+        ],
+    }
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump(test))
+    promtool("test", "rules", "test.yaml", directory=tmp_path)
