@@ -187,6 +187,7 @@ def quantize_command(directory: Path, output: Path, scheme: str) -> int:
 
     quiet_transformers()
     print(describe(run_quantize(directory, output, scheme)))
+    return 0
 
 
 def plan_command(as_json: bool, **options: object) -> int:

@@ -39,8 +39,9 @@ def assumptions(plan: Plan) -> list[str]:
     eight_bits = {form.quantization for form in plan.forms} - {"none"}
     if eight_bits:
         sentences.append(
-            f"{' and '.join(sorted(eight_bits))}: one byte a weight of the layers' linears; embedding, head and rotations stay in "
-            f"{plan.dtype}, and the rotations are whole on every tensor-parallel GPU."
+            f"{' and '.join(sorted(eight_bits))}: one byte a weight of the layers' linears; "
+            f"embedding, head and rotations stay in {plan.dtype}, and the rotations are whole on "
+            "every tensor-parallel GPU."
         )
     return sentences
 
