@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import vllm.envs
 from prometheus_client import REGISTRY
 from vllm.logger import init_logger
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from sliceserve.server import vllm_compat
+from sliceserve.server.auth import Auth, KeyRing
+from sliceserve.server.drain import METRICS, Drain
+from sliceserve.server.health import EngineProbe, Health, Lifecycle, Phase
+from sliceserve.server.life import run_until_signal
+from sliceserve.server.listener import listening, make_listener
 from sliceserve.server.metrics import ServerMetrics
+from sliceserve.server.responses import unavailable
 
 if TYPE_CHECKING:
     import argparse
     import socket
 
     from fastapi import FastAPI
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
+    from sliceserve.server.settings import ServerSettings
     from sliceserve.slicing.checkpoint import CheckpointSummary
 
 # vLLM's logging configuration, which its options and variables change, covers only this subtree.
@@ -25,17 +33,15 @@ _logger = init_logger("vllm.sliceserve")
 
 
 class Engine(AsyncLLM):  # type: ignore[misc]
-    """vLLM's engine, which remembers whether it had died before it was told to stop."""
+    """vLLM's engine, with a question that only a running one answers."""
 
-    started = False
-    died = False
+    async def answer(self) -> None:
+        """Return once the engine's loop has answered; raises if it is dead.
 
-    def shutdown(self, timeout: float | None = None) -> None:
-        """Stop the engine's processes."""
-        if self.started:
-            self.started = False
-            self.died = bool(self.errored)
-        super().shutdown(timeout=timeout)
+        The loop answers between two steps of the model, so a step that hangs is noticed.
+        """
+        await self.check_health()
+        await self.is_sleeping()
 
 
 async def create_app(engine_client: Any, args: argparse.Namespace) -> FastAPI:
@@ -64,50 +70,67 @@ def start_engine(vllm_config: Any, args: argparse.Namespace, summary: Checkpoint
         aggregate_engine_logging=args.aggregate_engine_logging,
         disable_log_stats=args.disable_log_stats,
     )
-    engine.started = True
     return engine
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may reach what: the keys, if any, and what is open without one."""
+
+    keys: KeyRing
+    public: frozenset[str]
+    cross_origin: bool
+
+
+def access_of(settings: ServerSettings, args: argparse.Namespace) -> Access:
+    """Read the keys; raises UserError if their file is unusable."""
+    keys = KeyRing((key.get_secret_value() for key in settings.api_key), file=settings.api_key_file)
+    public = frozenset({METRICS} if settings.metrics_public else ())
+    return Access(keys, public, cross_origin=bool(args.allowed_origins))
+
+
+def guarded(
+    app: ASGIApp, access: Access, lifecycle: Lifecycle, probe: EngineProbe | None = None
+) -> ASGIApp:
+    """Return the application behind the probes' routes and, if there are keys, behind them."""
+    if access.keys:
+        app = Auth(app, access.keys, access.public, cross_origin=access.cross_origin)
+    return Health(app, lifecycle, probe)
+
+
+async def still_starting(scope: Scope, receive: Receive, send: Send) -> None:
+    """ASGI application in the place of vLLM's while there is no engine."""
+    await unavailable("The model is still loading; try again.")(scope, receive, send)
 
 
 async def serve(
     vllm_config: Any,
     args: argparse.Namespace,
+    settings: ServerSettings,
     summary: CheckpointSummary,
+    access: Access,
     address: str,
     bound: socket.socket,
 ) -> int:
     """Serve on the bound socket until a signal; returns 0, or 1 if the engine failed."""
-    try:
-        engine = start_engine(vllm_config, args, summary)
-    except Exception:
-        _logger.exception("The engine did not start.")
-        return 1
-    try:
+    lifecycle = Lifecycle()
+    with listening(guarded(still_starting, access, lifecycle), args, bound):
+        lifecycle.enter(Phase.STARTING, "loading the model")
+        try:
+            engine = start_engine(vllm_config, args, summary)
+        except Exception:
+            _logger.exception("The engine did not start.")
+            return 1
+        lifecycle.enter(Phase.STARTING, "opening the routes")
         await engine.reset_mm_cache()
         app = await create_app(engine, args)
-        _logger.info("Serving %s on %s", ", ".join(args.served_model_name), address)
-        log_config = vllm_compat.uvicorn_log_config(args)
-        ending = await vllm_compat.serve_http(
-            app,
-            bound,
-            enable_ssl_refresh=args.enable_ssl_refresh,
-            host=args.host,
-            port=args.port,
-            log_level=args.uvicorn_log_level,
-            access_log=not args.disable_uvicorn_access_log,
-            timeout_keep_alive=vllm.envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
-            ssl_keyfile=args.ssl_keyfile,
-            ssl_certfile=args.ssl_certfile,
-            ssl_ca_certs=args.ssl_ca_certs,
-            ssl_cert_reqs=args.ssl_cert_reqs,
-            ssl_ciphers=args.ssl_ciphers,
-            h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
-            h11_max_header_count=args.h11_max_header_count,
-            **({} if log_config is None else {"log_config": log_config}),
+    probe = EngineProbe(engine.answer, settings.probe_timeout)
+    drain = Drain(app, lifecycle)
+    listener = make_listener(guarded(drain, access, lifecycle, probe), args)
+    app.state.server = listener  # vLLM's handlers of a dead engine's errors stop it
+    _logger.info("Serving %s on %s", ", ".join(args.served_model_name), address)
+    lifecycle.enter(Phase.SERVING, "answering requests")
+    with vllm_compat.refreshing_certificates(listener.config, args):
+        return await run_until_signal(
+            listener, bound, engine, drain, lifecycle, settings.drain_timeout
         )
-    finally:
-        engine.shutdown(timeout=vllm_config.shutdown_timeout)
-    # The HTTP server ends after the engine, so that running requests get their answers.
-    await ending
-    if engine.died:
-        _logger.error("The engine died.")
-    return int(engine.died)
