@@ -10,9 +10,11 @@ from vllm.logger import init_logger
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from sliceserve.server import vllm_compat
+from sliceserve.server.admission import Admission, Limits
 from sliceserve.server.auth import Auth, KeyRing
+from sliceserve.server.counting import Counting
 from sliceserve.server.drain import METRICS, Drain
-from sliceserve.server.health import EngineProbe, Health, Lifecycle, Phase
+from sliceserve.server.health import LIVEZ, READYZ, EngineProbe, Health, Lifecycle, Phase
 from sliceserve.server.life import run_until_signal
 from sliceserve.server.listener import listening, make_listener
 from sliceserve.server.metrics import ServerMetrics
@@ -21,6 +23,7 @@ from sliceserve.server.responses import unavailable
 if TYPE_CHECKING:
     import argparse
     import socket
+    from collections.abc import Callable
 
     from fastapi import FastAPI
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -53,15 +56,20 @@ async def create_app(engine_client: Any, args: argparse.Namespace) -> FastAPI:
     return app
 
 
-def start_engine(vllm_config: Any, args: argparse.Namespace, summary: CheckpointSummary) -> Engine:
-    """Load the model; must run inside an event loop.
+def create_metrics(vllm_config: Any, summary: CheckpointSummary) -> ServerMetrics:
+    """Return our series, in the default registry.
 
-    Our series go to the default registry: vLLM's ``/metrics`` shows it or, in multiprocess mode,
-    the files that metrics of the default registry write too.
+    vLLM's ``/metrics`` shows it or, in multiprocess mode, the files that metrics of the default
+    registry write too.
     """
     metrics = ServerMetrics(REGISTRY, vllm_config.model_config.served_model_name)
     metrics.set_engine(vllm_config)
     metrics.set_parameters(summary.dense_parameters, summary.sliced_parameters)
+    return metrics
+
+
+def start_engine(vllm_config: Any, args: argparse.Namespace, metrics: ServerMetrics) -> Engine:
+    """Load the model; must run inside an event loop."""
     engine: Engine = Engine.from_vllm_config(
         vllm_config,
         # A custom stat logger would switch the statistics on again.
@@ -90,12 +98,22 @@ def access_of(settings: ServerSettings, args: argparse.Namespace) -> Access:
 
 
 def guarded(
-    app: ASGIApp, access: Access, lifecycle: Lifecycle, probe: EngineProbe | None = None
+    app: ASGIApp,
+    access: Access,
+    lifecycle: Lifecycle,
+    probe: EngineProbe | None = None,
+    overloaded: Callable[[], bool] | None = None,
 ) -> ASGIApp:
     """Return the application behind the probes' routes and, if there are keys, behind them."""
     if access.keys:
         app = Auth(app, access.keys, access.public, cross_origin=access.cross_origin)
-    return Health(app, lifecycle, probe)
+    return Health(app, lifecycle, probe, overloaded)
+
+
+def known_paths(app: FastAPI) -> frozenset[str]:
+    """Return the paths of the application's routes and of ours."""
+    paths = (getattr(route, "path", None) for route in app.routes)
+    return frozenset({LIVEZ, READYZ, METRICS, *filter(None, paths)})
 
 
 async def still_starting(scope: Scope, receive: Receive, send: Send) -> None:
@@ -117,7 +135,8 @@ async def serve(
     with listening(guarded(still_starting, access, lifecycle), args, bound):
         lifecycle.enter(Phase.STARTING, "loading the model")
         try:
-            engine = start_engine(vllm_config, args, summary)
+            metrics = create_metrics(vllm_config, summary)
+            engine = start_engine(vllm_config, args, metrics)
         except Exception:
             _logger.exception("The engine did not start.")
             return 1
@@ -125,8 +144,12 @@ async def serve(
         await engine.reset_mm_cache()
         app = await create_app(engine, args)
     probe = EngineProbe(engine.answer, settings.probe_timeout)
-    drain = Drain(app, lifecycle)
-    listener = make_listener(guarded(drain, access, lifecycle, probe), args)
+    limits = Limits(settings.max_requests, settings.max_body_size, settings.body_timeout)
+    admission = Admission(app, limits)
+    drain = Drain(admission, lifecycle)
+    serving = guarded(drain, access, lifecycle, probe, lambda: admission.full)
+    counting = Counting(serving, known_paths(app), metrics.count_response)
+    listener = make_listener(counting, args)
     app.state.server = listener  # vLLM's handlers of a dead engine's errors stop it
     _logger.info("Serving %s on %s", ", ".join(args.served_model_name), address)
     lifecycle.enter(Phase.SERVING, "answering requests")

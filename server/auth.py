@@ -39,7 +39,7 @@ class KeyRing:
             UserError: the file cannot be read or holds no key, or a key cannot be sent in a header.
 
         """
-        self._fixed = [_digest(_checked(key, "--api-key")) for key in keys]
+        self._fixed = [_digest(_checked(key, "--api-key or SLICESERVE_API_KEY")) for key in keys]
         self._file = file
         self._from_file: list[bytes] = []
         self._version: tuple[int, ...] = ()

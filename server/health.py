@@ -81,7 +81,11 @@ class Health:
     """ASGI layer that answers the two routes and passes everything else on."""
 
     def __init__(
-        self, app: ASGIApp, lifecycle: Lifecycle, probe: EngineProbe | None = None
+        self,
+        app: ASGIApp,
+        lifecycle: Lifecycle,
+        probe: EngineProbe | None = None,
+        overloaded: Callable[[], bool] | None = None,
     ) -> None:
         """Wrap the application.
 
@@ -89,9 +93,11 @@ class Health:
             app: what answers all other routes.
             lifecycle: the server's phase.
             probe: of the engine, once there is one; used only while serving.
+            overloaded: whether new requests would be refused for want of room.
 
         """
-        self.app, self._lifecycle, self._probe = app, lifecycle, probe
+        self.app, self._lifecycle = app, lifecycle
+        self._probe, self._overloaded = probe, overloaded
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a probe, or pass the request on."""
@@ -112,6 +118,8 @@ class Health:
         problem = await self._probe.check() if serving and self._probe else None
         if problem is not None:
             state |= {"status": "failing", "step": problem}
+        elif serving and path == READYZ and self._overloaded and self._overloaded():
+            state["status"] = problem = "overloaded"
         healthy = problem is None and (serving or path == LIVEZ)
         headers = {"Cache-Control": "no-store"}
         if not healthy:

@@ -22,7 +22,7 @@ _logger = init_logger("vllm.sliceserve.life")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Seconds for the engine's processes to release what they hold before they are killed.
-ENGINE_STOP_S = 5
+ENGINE_STOP_S = 10
 WATCH_INTERVAL_S = 1
 
 

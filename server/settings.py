@@ -59,6 +59,19 @@ class ServerSettings(BaseSettings):
         description="Seconds without an answer after which /livez calls the engine hung.",
     )
 
+    max_requests: int = Field(
+        1024, gt=0, description="Requests at a time, running and waiting; more get 429."
+    )
+    max_body_size: int = Field(
+        4 * 2**20, gt=0, description="Bytes of a request's body; a larger one gets 413."
+    )
+    body_timeout: float = Field(
+        60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that a request's body may take to arrive; a slower one gets 408.",
+    )
+
     @field_validator("api_key", mode="before")
     @classmethod
     def _split_keys(cls, value: Any) -> Any:

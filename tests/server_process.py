@@ -68,6 +68,14 @@ def running_in_session(session: int) -> list[str]:
     ]  # fmt: skip
 
 
+def wait_until_gone(session: int) -> None:
+    """Wait for the helpers and workers that end by themselves once their parent has."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while left := running_in_session(session):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -5,13 +5,15 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from server_process import STOP_SECONDS, ServerProcess, running_in_session, serving
+from prometheus_client.parser import text_string_to_metric_families
+from server_process import STOP_SECONDS, ServerProcess, serving, wait_until_gone
 
 KEY, OTHER_KEY, FIXED_KEY = "key-of-alice", "key-of-bob", "key-from-environment"
 
@@ -26,6 +28,16 @@ def stream(server: ServerProcess, tokens: int) -> Any:
         headers=headers,
         timeout=120,
     )
+
+
+@contextmanager
+def stopped(process: int) -> Iterator[None]:
+    """A process that stands still for the time of the block, so that no answer can end in it."""
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
 
 
 @pytest.fixture(scope="module")
@@ -132,18 +144,53 @@ def test_browsers_of_other_origins_get_no_permission(server: ServerProcess) -> N
 
 def test_a_hang_is_found_out_and_passes(server: ServerProcess) -> None:
     assert get(server, "/livez").status_code == 200
-    engine = server.engine()
-    os.kill(engine, signal.SIGSTOP)
-    try:
+    with stopped(server.engine()):
         for path in ("/livez", "/readyz"):
             answer = get(server, path)
             assert answer.status_code == 503
             assert "has not answered" in answer.json()["step"]
         # vLLM's own answer, which is why there is ours.
         assert get(server, "/health", FIXED_KEY).status_code == 200
-    finally:
-        os.kill(engine, signal.SIGCONT)
     server.wait_for("/readyz", 200)
+
+
+def sample(server: ServerProcess, name: str) -> float:
+    (value,) = (
+        found.value
+        for family in text_string_to_metric_families(get(server, "/metrics").text)
+        for found in family.samples
+        if found.name == name
+    )
+    return float(value)
+
+
+def test_a_client_that_leaves_frees_the_engine(server: ServerProcess) -> None:
+    before = sample(server, "vllm:generation_tokens_total")
+    with stopped(server.engine()):
+        with ExitStack() as streams:
+            for _ in range(3):
+                streams.enter_context(stream(server, tokens=500))
+        time.sleep(1)  # the server has time to see that they left, which nothing shows
+    # The gauges are those of the last step, so there must be one.
+    with stream(server, tokens=1) as last:
+        assert list(last.iter_lines())
+    deadline = time.monotonic() + STOP_SECONDS
+    for gauge in ("vllm:num_requests_running", "vllm:kv_cache_usage_perc"):
+        while sample(server, gauge):
+            assert time.monotonic() < deadline, gauge
+            time.sleep(0.05)
+    assert sample(server, "vllm:generation_tokens_total") - before < 3 * 500
+
+
+def test_a_huge_body_is_refused(server: ServerProcess) -> None:
+    answer = httpx.post(
+        f"{server.url}/v1/completions",
+        content=b" " * (5 * 2**20),
+        headers={"Authorization": f"Bearer {FIXED_KEY}"},
+        timeout=60,
+    )
+    assert answer.status_code == 413
+    assert "4194304 bytes" in answer.json()["error"]["message"]
 
 
 def test_keys_are_not_handed_to_the_processes_of_vllm(server: ServerProcess) -> None:
@@ -153,27 +200,27 @@ def test_keys_are_not_handed_to_the_processes_of_vllm(server: ServerProcess) -> 
 
 
 def test_sigterm_drains_and_ends_with_0(server: ServerProcess) -> None:
-    engine = server.engine()
-    with stream(server, tokens=400) as answer:
-        lines = answer.iter_lines()
-        received = [next(lines)]
-        os.kill(engine, signal.SIGSTOP)  # so that the stream surely outlasts the checks
-        server.process.send_signal(signal.SIGTERM)
-        assert server.wait_for("/readyz", 503).json()["status"] == "draining"
-        assert get(server, "/livez").status_code == 200
-        refused = get(server, "/v1/models", FIXED_KEY)
-        assert refused.status_code == 503
-        assert int(refused.headers["retry-after"]) > 0
-        assert get(server, "/v1/models").status_code == 401
-        assert get(server, "/metrics").status_code == 200
-        os.kill(engine, signal.SIGCONT)
-        received += list(lines)
-    events = [line for line in received if line]
+    with ExitStack() as answers:
+        with stopped(server.engine()):
+            answer = answers.enter_context(stream(server, tokens=400))
+            assert answer.status_code == 200
+            server.process.send_signal(signal.SIGTERM)
+            assert server.wait_for("/readyz", 503).json()["status"] == "draining"
+            assert get(server, "/livez").status_code == 200
+            refused = get(server, "/v1/models", FIXED_KEY)
+            assert refused.status_code == 503
+            assert int(refused.headers["retry-after"]) > 0
+            assert get(server, "/v1/models").status_code == 401
+            metrics = get(server, "/metrics").text
+        events = [line for line in answer.iter_lines() if line]
     assert events[-1] == "data: [DONE]"
     assert '"finish_reason":"length"' in events[-2]
     assert len(events) > 300
+    for route, status in (("/v1/models", 503), ("/v1/models", 401), ("/v1/completions", 413)):
+        assert f'route="{route}",status="{status}"' in metrics
+    assert 'route="/v1/completions",status="disconnected"' in metrics
     assert server.process.wait(STOP_SECONDS) == 0, server.log.read_text()
-    assert running_in_session(server.process.pid) == []
+    wait_until_gone(server.process.pid)
 
 
 def test_no_key_was_ever_logged(server: ServerProcess) -> None:
@@ -186,17 +233,12 @@ def test_no_key_was_ever_logged(server: ServerProcess) -> None:
 def test_a_killed_engine_ends_streams_and_the_server(tiny_sliced: Path, tmp_path: Path) -> None:
     with serving(tiny_sliced, tmp_path / "log", SLICESERVE_API_KEY=FIXED_KEY) as server:
         server.wait_for("/readyz", 200)
+        os.kill(engine := server.engine(), signal.SIGSTOP)
         with stream(server, tokens=500) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            os.kill(server.engine(), signal.SIGSTOP)
-            os.kill(server.engine(), signal.SIGKILL)
-            rest = [line for line in lines if line]
-        assert '"error"' in "".join(rest)
-        assert "Traceback" not in "".join(rest)
+            assert answer.status_code == 200
+            os.kill(engine, signal.SIGKILL)
+            rest = "".join(answer.iter_lines())
+        assert '"error"' in rest
+        assert "Traceback" not in rest
         assert server.process.wait(STOP_SECONDS) == 1, server.log.read_text()
-        # Its workers notice by themselves.
-        deadline = time.monotonic() + STOP_SECONDS
-        while left := running_in_session(server.process.pid):
-            assert time.monotonic() < deadline, left
-            time.sleep(0.1)
+        wait_until_gone(server.process.pid)

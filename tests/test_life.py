@@ -37,7 +37,7 @@ def test_a_drain_that_takes_too_long_ends_and_the_client_is_cut() -> None:
         started.send_signal(signal.SIGTERM)
         code, output = end_of(started)
         assert code == 0
-        assert output[0] == "shutdown 5"
+        assert output[0] == "shutdown 10"
 
 
 def test_a_second_signal_ends_at_once() -> None:
@@ -65,4 +65,4 @@ def test_a_dead_engine_ends_the_server_and_what_still_runs() -> None:
             assert next(answer.iter_bytes()) == b"begun"
             code, output = end_of(started)
         assert code == 1
-        assert output[0] == "shutdown 5"
+        assert output[0] == "shutdown 10"

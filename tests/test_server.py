@@ -12,7 +12,7 @@ from typing import Any
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from server_process import STOP_SECONDS, free_port, running_in_session, serving
+from server_process import STOP_SECONDS, free_port, serving, wait_until_gone
 from transformers import AutoTokenizer
 
 from sliceserve.server.serve import main
@@ -78,7 +78,7 @@ def server(sliced_smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         yield Server(sliced_smollm2, started.url)
         started.process.terminate()
         assert started.process.wait(STOP_SECONDS) == 0, log.read_text()
-        assert running_in_session(started.process.pid) == []
+        wait_until_gone(started.process.pid)
 
 
 @pytest.fixture(scope="module")
