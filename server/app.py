@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -132,28 +133,31 @@ async def serve(
 ) -> int:
     """Serve on the bound socket until a signal; returns 0, or 1 if the engine failed."""
     lifecycle = Lifecycle()
-    with listening(guarded(still_starting, access, lifecycle), args, bound):
-        lifecycle.enter(Phase.STARTING, "loading the model")
-        try:
-            metrics = create_metrics(vllm_config, summary)
-            engine = start_engine(vllm_config, args, metrics)
-        except Exception:
-            _logger.exception("The engine did not start.")
-            return 1
-        lifecycle.enter(Phase.STARTING, "opening the routes")
-        await engine.reset_mm_cache()
-        app = await create_app(engine, args)
-    probe = EngineProbe(engine.answer, settings.probe_timeout)
-    limits = Limits(settings.max_requests, settings.max_body_size, settings.body_timeout)
-    admission = Admission(app, limits)
-    drain = Drain(admission, lifecycle)
-    serving = guarded(drain, access, lifecycle, probe, lambda: admission.full)
-    counting = Counting(serving, known_paths(app), metrics.count_response)
-    listener = make_listener(counting, args)
-    app.state.server = listener  # vLLM's handlers of a dead engine's errors stop it
-    _logger.info("Serving %s on %s", ", ".join(args.served_model_name), address)
-    lifecycle.enter(Phase.SERVING, "answering requests")
-    with vllm_compat.refreshing_certificates(listener.config, args):
+    with ExitStack() as cleanup:
+        with listening(guarded(still_starting, access, lifecycle), args, bound):
+            lifecycle.enter(Phase.STARTING, "loading the model")
+            try:
+                metrics = create_metrics(vllm_config, summary)
+                engine = start_engine(vllm_config, args, metrics)
+            except Exception:
+                _logger.exception("The engine did not start.")
+                return 1
+            # Does nothing after an orderly end.
+            cleanup.callback(engine.shutdown, timeout=0)
+            lifecycle.enter(Phase.STARTING, "opening the routes")
+            await engine.reset_mm_cache()
+            app = await create_app(engine, args)
+        probe = EngineProbe(engine.answer, settings.probe_timeout)
+        limits = Limits(settings.max_requests, settings.max_body_size, settings.body_timeout)
+        admission = Admission(app, limits)
+        drain = Drain(admission, lifecycle)
+        serving = guarded(drain, access, lifecycle, probe, lambda: admission.full)
+        counting = Counting(serving, known_paths(app), metrics.count_response)
+        listener = make_listener(counting, args)
+        app.state.server = listener  # vLLM's handlers of a dead engine's errors stop it
+        _logger.info("Serving %s on %s", ", ".join(args.served_model_name), address)
+        lifecycle.enter(Phase.SERVING, "answering requests")
+        cleanup.enter_context(vllm_compat.refreshing_certificates(listener.config, args))
         return await run_until_signal(
             listener, bound, engine, drain, lifecycle, settings.drain_timeout
         )

@@ -39,7 +39,7 @@ async def run_until_signal(
     Args:
         listener: the HTTP server to run on the bound socket.
         bound: the socket.
-        engine: vLLM's engine, which is stopped in any case.
+        engine: vLLM's engine, which is stopped once nothing runs or the time is up.
         drain: counts the running requests.
         lifecycle: told of the drain.
         drain_timeout: seconds that running requests have to finish.
@@ -87,7 +87,6 @@ async def run_until_signal(
             task.cancel()
         for number in SIGNALS:
             loop.remove_signal_handler(number)
-        engine.shutdown(timeout=0)
     if not received:
         return 1
     return 128 + received[-1] if hurry.is_set() else 0
