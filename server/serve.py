@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
-import math
 import re
 import signal
 import socket
@@ -116,8 +115,6 @@ def parse_arguments(parser: Any, argv: list[str]) -> tuple[argparse.Namespace, S
     args.model = args.model_tag
     if not args.served_model_name:
         args.served_model_name = [Path(args.model).resolve().name]
-    # An engine that gets the signal too, as from a terminal, must not abort what is running.
-    args.shutdown_timeout = max(args.shutdown_timeout, math.ceil(settings.drain_timeout))
     return args, settings
 
 
