@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import vllm.envs
 from prometheus_client import REGISTRY
 from vllm.logger import init_logger
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from sliceserve.server import vllm_compat
+from sliceserve.server.admission import Admission, Limits
+from sliceserve.server.auth import Auth, KeyRing
+from sliceserve.server.counting import Counting
+from sliceserve.server.drain import METRICS, Drain
+from sliceserve.server.health import LIVEZ, READYZ, EngineProbe, Health, Lifecycle, Phase
+from sliceserve.server.life import run_until_signal
+from sliceserve.server.listener import listening, make_listener
 from sliceserve.server.metrics import ServerMetrics
+from sliceserve.server.responses import unavailable
 
 if TYPE_CHECKING:
     import argparse
     import socket
+    from collections.abc import Callable
 
     from fastapi import FastAPI
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
+    from sliceserve.server.settings import ServerSettings
     from sliceserve.slicing.checkpoint import CheckpointSummary
 
 # vLLM's logging configuration, which its options and variables change, covers only this subtree.
@@ -25,17 +37,15 @@ _logger = init_logger("vllm.sliceserve")
 
 
 class Engine(AsyncLLM):  # type: ignore[misc]
-    """vLLM's engine, which remembers whether it had died before it was told to stop."""
+    """vLLM's engine, with a question that only a running one answers."""
 
-    started = False
-    died = False
+    async def answer(self) -> None:
+        """Return once the engine's loop has answered; raises if it is dead.
 
-    def shutdown(self, timeout: float | None = None) -> None:
-        """Stop the engine's processes."""
-        if self.started:
-            self.started = False
-            self.died = bool(self.errored)
-        super().shutdown(timeout=timeout)
+        The loop answers between two steps of the model, so a step that hangs is noticed.
+        """
+        await self.check_health()
+        await self.is_sleeping()
 
 
 async def create_app(engine_client: Any, args: argparse.Namespace) -> FastAPI:
@@ -47,15 +57,20 @@ async def create_app(engine_client: Any, args: argparse.Namespace) -> FastAPI:
     return app
 
 
-def start_engine(vllm_config: Any, args: argparse.Namespace, summary: CheckpointSummary) -> Engine:
-    """Load the model; must run inside an event loop.
+def create_metrics(vllm_config: Any, summary: CheckpointSummary) -> ServerMetrics:
+    """Return our series, in the default registry.
 
-    Our series go to the default registry: vLLM's ``/metrics`` shows it or, in multiprocess mode,
-    the files that metrics of the default registry write too.
+    vLLM's ``/metrics`` shows it or, in multiprocess mode, the files that metrics of the default
+    registry write too.
     """
     metrics = ServerMetrics(REGISTRY, vllm_config.model_config.served_model_name)
     metrics.set_engine(vllm_config)
     metrics.set_parameters(summary.dense_parameters, summary.sliced_parameters)
+    return metrics
+
+
+def start_engine(vllm_config: Any, args: argparse.Namespace, metrics: ServerMetrics) -> Engine:
+    """Load the model; must run inside an event loop."""
     engine: Engine = Engine.from_vllm_config(
         vllm_config,
         # A custom stat logger would switch the statistics on again.
@@ -64,50 +79,85 @@ def start_engine(vllm_config: Any, args: argparse.Namespace, summary: Checkpoint
         aggregate_engine_logging=args.aggregate_engine_logging,
         disable_log_stats=args.disable_log_stats,
     )
-    engine.started = True
     return engine
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may reach what: the keys, if any, and what is open without one."""
+
+    keys: KeyRing
+    public: frozenset[str]
+    cross_origin: bool
+
+
+def access_of(settings: ServerSettings, args: argparse.Namespace) -> Access:
+    """Read the keys; raises UserError if their file is unusable."""
+    keys = KeyRing((key.get_secret_value() for key in settings.api_key), file=settings.api_key_file)
+    public = frozenset({METRICS} if settings.metrics_public else ())
+    return Access(keys, public, cross_origin=bool(args.allowed_origins))
+
+
+def guarded(
+    app: ASGIApp,
+    access: Access,
+    lifecycle: Lifecycle,
+    probe: EngineProbe | None = None,
+    overloaded: Callable[[], bool] | None = None,
+) -> ASGIApp:
+    """Return the application behind the probes' routes and, if there are keys, behind them."""
+    if access.keys:
+        app = Auth(app, access.keys, access.public, cross_origin=access.cross_origin)
+    return Health(app, lifecycle, probe, overloaded)
+
+
+def known_paths(app: FastAPI) -> frozenset[str]:
+    """Return the paths of the application's routes and of ours."""
+    paths = (getattr(route, "path", None) for route in app.routes)
+    return frozenset({LIVEZ, READYZ, METRICS, *filter(None, paths)})
+
+
+async def still_starting(scope: Scope, receive: Receive, send: Send) -> None:
+    """ASGI application in the place of vLLM's while there is no engine."""
+    await unavailable("The model is still loading; try again.")(scope, receive, send)
 
 
 async def serve(
     vllm_config: Any,
     args: argparse.Namespace,
+    settings: ServerSettings,
     summary: CheckpointSummary,
+    access: Access,
     address: str,
     bound: socket.socket,
 ) -> int:
     """Serve on the bound socket until a signal; returns 0, or 1 if the engine failed."""
-    try:
-        engine = start_engine(vllm_config, args, summary)
-    except Exception:
-        _logger.exception("The engine did not start.")
-        return 1
-    try:
-        await engine.reset_mm_cache()
-        app = await create_app(engine, args)
+    lifecycle = Lifecycle()
+    with ExitStack() as cleanup:
+        with listening(guarded(still_starting, access, lifecycle), args, bound):
+            lifecycle.enter(Phase.STARTING, "loading the model")
+            try:
+                metrics = create_metrics(vllm_config, summary)
+                engine = start_engine(vllm_config, args, metrics)
+            except Exception:
+                _logger.exception("The engine did not start.")
+                return 1
+            # Does nothing after an orderly end.
+            cleanup.callback(engine.shutdown, timeout=0)
+            lifecycle.enter(Phase.STARTING, "opening the routes")
+            await engine.reset_mm_cache()
+            app = await create_app(engine, args)
+        probe = EngineProbe(engine.answer, settings.probe_timeout)
+        limits = Limits(settings.max_requests, settings.max_body_size, settings.body_timeout)
+        admission = Admission(app, limits)
+        drain = Drain(admission, lifecycle)
+        serving = guarded(drain, access, lifecycle, probe, lambda: admission.full)
+        counting = Counting(serving, known_paths(app), metrics.count_response)
+        listener = make_listener(counting, args)
+        app.state.server = listener  # vLLM's handlers of a dead engine's errors stop it
         _logger.info("Serving %s on %s", ", ".join(args.served_model_name), address)
-        log_config = vllm_compat.uvicorn_log_config(args)
-        ending = await vllm_compat.serve_http(
-            app,
-            bound,
-            enable_ssl_refresh=args.enable_ssl_refresh,
-            host=args.host,
-            port=args.port,
-            log_level=args.uvicorn_log_level,
-            access_log=not args.disable_uvicorn_access_log,
-            timeout_keep_alive=vllm.envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
-            ssl_keyfile=args.ssl_keyfile,
-            ssl_certfile=args.ssl_certfile,
-            ssl_ca_certs=args.ssl_ca_certs,
-            ssl_cert_reqs=args.ssl_cert_reqs,
-            ssl_ciphers=args.ssl_ciphers,
-            h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
-            h11_max_header_count=args.h11_max_header_count,
-            **({} if log_config is None else {"log_config": log_config}),
+        lifecycle.enter(Phase.SERVING, "answering requests")
+        cleanup.enter_context(vllm_compat.refreshing_certificates(listener.config, args))
+        return await run_until_signal(
+            listener, bound, engine, drain, lifecycle, settings.drain_timeout
         )
-    finally:
-        engine.shutdown(timeout=vllm_config.shutdown_timeout)
-    # The HTTP server ends after the engine, so that running requests get their answers.
-    await ending
-    if engine.died:
-        _logger.error("The engine died.")
-    return int(engine.died)

@@ -60,6 +60,12 @@ class ServerMetrics:
             registry=registry,
             multiprocess_mode="mostrecent",
         )
+        self._http_responses = Counter(
+            "sliceserve_http_responses",
+            "HTTP requests by route and status; disconnected: the client left before the end.",
+            ["model_name", "route", "status"],
+            registry=registry,
+        )
         self._request_latency = histogram(
             "sliceserve_request_latency_seconds",
             "Seconds from a request's arrival to its last token.",
@@ -91,6 +97,10 @@ class ServerMetrics:
         """Set the model's true parameter counts."""
         self._parameters.labels(self._model_name, "dense").set(dense)
         self._parameters.labels(self._model_name, "sliced").set(sliced)
+
+    def count_response(self, route: str, status: str) -> None:
+        """Add one HTTP request that is over."""
+        self._http_responses.labels(self._model_name, route, status).inc()
 
     def observe(self, stats: Any) -> None:
         """Add one engine step's ``IterationStats``."""

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import re
 import signal
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic import ValidationError
 
 from sliceserve.server import vllm_compat
+from sliceserve.server.settings import (
+    add_options,
+    as_json,
+    check_file_keys,
+    take_settings,
+)
 from sliceserve.slicing.checkpoint import read_checkpoint_summary
 from sliceserve.slicing.errors import UserError
 
 if TYPE_CHECKING:
     import argparse
-    import socket
     from collections.abc import Iterator
     from types import FrameType
 
+    from sliceserve.server.settings import ServerSettings
+
 _DESCRIPTION = """\
 Serve the sliced checkpoint in the directory DIR with vLLM over an OpenAI-compatible HTTP API:
-/v1/models, /v1/completions, /v1/chat/completions, /health and /metrics. Every option of
+/v1/models, /v1/completions, /v1/chat/completions, /metrics, /livez and /readyz. Every option of
 `vllm serve` can follow DIR. The model is named after the directory unless --served-model-name
-is given.
+is given. Without an API key the server listens on 127.0.0.1 only.
 """
 
 _EPILOG = """\
@@ -43,7 +52,11 @@ def main(argv: list[str]) -> int:
     if not vllm_compat.is_installed():
         raise UserError("serve: vLLM is not installed; install sliceserve[cuda] or sliceserve[cpu]")
     vllm_compat.prepare_environment()
-    args = parse_arguments(argv)
+    parser = make_parser()
+    args, settings = parse_arguments(parser, argv)
+    if vars(args).pop("print_config"):
+        print(as_json(settings, args, parser.get_default))
+        return 0
     summary = read_checkpoint_summary(Path(args.model))
     with _user_errors():
         vllm_compat.configure_logging(args)
@@ -52,26 +65,48 @@ def main(argv: list[str]) -> int:
     # These need vLLM, whose absence is reported above.
     import uvloop
 
-    from sliceserve.server.app import serve
+    from sliceserve.server.app import access_of, serve
 
+    access = access_of(settings, args)
+    confine(args, keyed=bool(access.keys), insecure=settings.insecure)
     address, bound = _bind(args)
     with contextlib.closing(bound):
         vllm_config = _engine_config(args)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _stop)
-        return int(uvloop.run(serve(vllm_config, args, summary, address, bound)))
+        return int(uvloop.run(serve(vllm_config, args, settings, summary, access, address, bound)))
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """Parse DIR and vLLM's options, with the model and its name filled in."""
+def make_parser() -> Any:
+    """Return the parser of vLLM's options and ours."""
     parser = vllm_compat.make_serve_parser(
         prog="sliceserve serve",
         usage="sliceserve serve DIR [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
     )
+    add_options(parser)
+    # Older versions let every origin in.
+    parser.set_defaults(allowed_origins=[])
+    return parser
+
+
+def parse_arguments(parser: Any, argv: list[str]) -> tuple[argparse.Namespace, ServerSettings]:
+    """Parse DIR and vLLM's options, with the model and its name filled in, and our settings."""
+    # vLLM looks for the file's name in an argument of its own only.
+    argv = [
+        part
+        for text in argv
+        for part in (text.split("=", 1) if text.startswith("--config=") else [text])
+    ]
+    flag_arguments = argv
+    if "--config" in argv[:-1]:
+        at = argv.index("--config")
+        check_file_keys(parser, Path(argv[at + 1]))
+        flag_arguments = argv[:at] + argv[at + 2 :]
     with _user_errors(OSError):  # a file given with --config
         args: argparse.Namespace = parser.parse_args(argv)
+    settings = take_settings(args, parser.parse_args(flag_arguments))
     if args.model_tag is None:
         parser.error("the following arguments are required: DIR")
     if args.model != parser.get_default("model"):
@@ -80,7 +115,33 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args.model = args.model_tag
     if not args.served_model_name:
         args.served_model_name = [Path(args.model).resolve().name]
-    return args
+    return args, settings
+
+
+def confine(args: argparse.Namespace, *, keyed: bool, insecure: bool) -> None:
+    """Let only this machine reach a server without keys, unless told otherwise.
+
+    Raises:
+        UserError: --host is an address that other machines reach.
+
+    """
+    if keyed or insecure or args.uds:
+        return
+    if args.host is None:
+        args.host = "127.0.0.1"
+    elif not _is_loopback(args.host):
+        raise UserError(
+            f"--host {args.host}: other machines reach this address and there is no API key; "
+            "give --api-key-file or SLICESERVE_API_KEY, or --insecure to serve everyone"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        found = socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError):
+        return False
+    return all(ipaddress.ip_address(str(entry[4][0])).is_loopback for entry in found)
 
 
 def _refuse_unsupported(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ may leave a deprecated re-export in the old one.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 from importlib.util import find_spec
@@ -15,12 +16,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import argparse
     import socket
-    from collections.abc import Awaitable
+    from collections.abc import Iterator
 
+    import uvicorn
     from fastapi import FastAPI
     from starlette.datastructures import State
 
 _HOMES = {
+    "SSLCertRefresher": (
+        "vllm.entrypoints.launchers.utils.ssl",
+        "vllm.entrypoints.serve.utils.ssl",
+    ),
     "build_app": ("vllm.entrypoints.launchers.app", "vllm.entrypoints.openai.api_server"),
     "get_uvicorn_log_config": (
         "vllm.entrypoints.launchers.utils.server_utils",
@@ -34,7 +40,6 @@ _HOMES = {
         "vllm.entrypoints.launchers.cli_args",
         "vllm.entrypoints.openai.cli_args",
     ),
-    "serve_http": ("vllm.entrypoints.launchers.launcher", "vllm.entrypoints.launcher"),
     "setup_server": (
         "vllm.entrypoints.launchers.launcher",
         "vllm.entrypoints.openai.api_server",
@@ -126,11 +131,19 @@ async def init_app_state(
     await _load("init_app_state")(engine_client, state, args, supported_tasks)
 
 
-async def serve_http(
-    app: FastAPI, bound: socket.socket, *, enable_ssl_refresh: bool, **uvicorn_options: Any
-) -> Awaitable[None]:
-    """Serve until a signal or the engine's end; the result ends the HTTP server when awaited."""
-    ending: Awaitable[None] = await _load("serve_http")(
-        app, sock=bound, enable_ssl_refresh=enable_ssl_refresh, **uvicorn_options
+@contextlib.contextmanager
+def refreshing_certificates(config: uvicorn.Config, args: argparse.Namespace) -> Iterator[None]:
+    """Load changed TLS files anew for the time of the block, if the options ask for it."""
+    if not args.enable_ssl_refresh:
+        yield
+        return
+    refresher = _load("SSLCertRefresher")(
+        ssl_context=config.ssl,
+        key_path=config.ssl_keyfile,
+        cert_path=config.ssl_certfile,
+        ca_path=config.ssl_ca_certs,
     )
-    return ending
+    try:
+        yield
+    finally:
+        refresher.stop()

@@ -1,11 +1,7 @@
 """`sliceserve serve` as its users meet it: a real process, the openai client, real requests."""
 
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -18,14 +14,13 @@ import promql_parser
 import pytest
 from helm_render import CHART, of_kind, render, rule_expressions, scenario, series_of
 from prometheus_client.parser import text_string_to_metric_families
+from server_process import STOP_SECONDS, free_port, serving, wait_until_gone
 from transformers import AutoTokenizer
 
-from sliceserve.server.serve import main, parse_arguments
+from sliceserve.server.serve import confine, main, make_parser, parse_arguments
 from sliceserve.slicing.checkpoint import read_checkpoint_summary
 from sliceserve.slicing.errors import UserError
 
-START_SECONDS = 300
-STOP_SECONDS = 60
 MAX_MODEL_LEN = 512
 
 PROMPT = "The capital of France is"
@@ -75,66 +70,17 @@ class Server:
         return samples
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        assert process.poll() is None, f"the server ended:\n{log.read_text()}"
-        assert time.monotonic() < deadline, f"the server did not start:\n{log.read_text()}"
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=5).close()
-        except OSError:
-            time.sleep(0.2)
-        else:
-            return
-
-
-def running_in_session(session: int) -> list[str]:
-    """The processes of a session that are not zombies."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            name, _, rest = stat.read_text().rpartition(")")
-        except OSError:  # it ended meanwhile
-            continue
-        fields = rest.split()
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(name)
-    return found
-
-
 @pytest.fixture(scope="module")
 def server(sliced_smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server process; stopping it must leave no process and the exit code 0."""
-    port = free_port()
     log = tmp_path_factory.mktemp("server") / "log"
-    command = [Path(sys.executable).with_name("sliceserve"), "serve", sliced_smollm2]
-    options = f"--host 127.0.0.1 --port {port} --dtype float32 --enforce-eager"
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            [*map(str, command), *options.split(), "--max-model-len", str(MAX_MODEL_LEN)],
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
-            start_new_session=True,
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_healthy(url, process, log)
-        yield Server(sliced_smollm2, url)
-        process.terminate()
-        assert process.wait(STOP_SECONDS) == 0, log.read_text()
-        assert running_in_session(process.pid) == []
-    finally:
-        if running_in_session(process.pid):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    options = ("--max-model-len", str(MAX_MODEL_LEN))
+    with serving(sliced_smollm2, log, *options) as started:
+        started.wait_for("/health", 200)
+        yield Server(sliced_smollm2, started.url)
+        started.process.terminate()
+        assert started.process.wait(STOP_SECONDS) == 0, log.read_text()
+        wait_until_gone(started.process.pid)
 
 
 @pytest.fixture(scope="module")
@@ -396,9 +342,14 @@ def test_the_server_takes_the_command_of_a_rendered_pod(path: Path) -> None:
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     program, command, *rest = container["command"] + container["args"]
     assert (program, command) == ("sliceserve", "serve")
-    # What the server's own drain and authentication add is not there yet.
-    coming = ("--drain-timeout=", "--api-key-file=", "--metrics-public")
-    args = parse_arguments([word for word in rest if not word.startswith(coming)])
+    args, settings = parse_arguments(make_parser(), rest)
+    assert settings.insecure != bool(settings.api_key_file)
+    confine(args, keyed=bool(settings.api_key_file), insecure=settings.insecure)
+    (probe,) = {container[name]["timeoutSeconds"] for name in ("livenessProbe", "readinessProbe")}
+    assert probe > settings.probe_timeout
+    grace = deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    waits = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert grace >= waits + settings.drain_timeout + 20
     assert args.host == "0.0.0.0"
     assert args.port == 8000
     assert args.model == container["command"][2]

@@ -1,0 +1,58 @@
+"""Leaving without dropping an answer: new requests are refused, running ones counted down."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from sliceserve.server.health import Lifecycle, Phase
+from sliceserve.server.responses import unavailable
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+METRICS = "/metrics"
+
+
+class Drain:
+    """ASGI layer that counts running requests and, while draining, answers new ones with 503.
+
+    ``/metrics`` is neither counted nor refused, so that a drain can be watched.
+    """
+
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
+        self.app, self._lifecycle = app, lifecycle
+        self.running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or refuse it."""
+        if scope["type"] == "lifespan" or scope["path"] == METRICS:
+            await self.app(scope, receive, send)
+            return
+        if self._lifecycle.phase is Phase.DRAINING:
+            await unavailable("The server is shutting down; try again.")(scope, receive, send)
+            return
+        self.running += 1
+        self._idle.clear()
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.running -= 1
+            if not self.running:
+                self._idle.set()
+
+    async def wait(self, timeout: float, hurry: asyncio.Event) -> int:
+        """Wait until no request runs; returns how many still do.
+
+        Args:
+            timeout: seconds to wait at most.
+            hurry: ends the wait when it is set.
+
+        """
+        waits = [asyncio.ensure_future(event.wait()) for event in (self._idle, hurry)]
+        await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        return self.running

@@ -1,0 +1,130 @@
+"""``/livez`` and ``/readyz``: what an orchestrator may know of the server without a key."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from starlette.responses import JSONResponse
+
+from sliceserve.server.responses import RETRY_AFTER_S
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+LIVEZ = "/livez"
+READYZ = "/readyz"
+
+
+class Phase(Enum):
+    """Where the server is in its life."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+@dataclass
+class Lifecycle:
+    """The server's phase and, within it, what it is doing since when.
+
+    One thread writes it and any may read it.
+    """
+
+    phase: Phase = Phase.STARTING
+    step: str = "reading the options"
+    since: float = field(default_factory=time.monotonic)
+
+    def enter(self, phase: Phase, step: str) -> None:
+        """Begin a step."""
+        self.phase, self.step, self.since = phase, step, time.monotonic()
+
+    def describe(self) -> dict[str, Any]:
+        """Return the phase, the step and the seconds it has taken."""
+        seconds = round(time.monotonic() - self.since, 1)
+        return {"status": self.phase.value, "step": self.step, "seconds": seconds}
+
+
+class EngineProbe:
+    """Asks the engine for an answer, one question at a time however many callers there are."""
+
+    def __init__(self, ask: Callable[[], Awaitable[object]], timeout: float) -> None:
+        """Take the question, whose answer is ignored, and the seconds it may take."""
+        self._ask, self._timeout = ask, timeout
+        self._question: asyncio.Future[object] | None = None
+        self._asked = 0.0
+
+    async def check(self) -> str | None:
+        """Return None once the engine answers, or what is wrong with it within the timeout."""
+        if self._question is None or self._question.done():
+            self._question = asyncio.ensure_future(self._ask())
+            self._asked = time.monotonic()
+        question = self._question
+        # Not wait_for, which would cancel the question for the other callers.
+        await asyncio.wait([question], timeout=self._left())
+        if not question.done():
+            return f"the engine has not answered for {time.monotonic() - self._asked:.1f} s"
+        if question.cancelled() or question.exception() is not None:
+            return "the engine is dead"
+        return None
+
+    def _left(self) -> float:
+        return max(0.0, self._asked + self._timeout - time.monotonic())
+
+
+class Health:
+    """ASGI layer that answers the two routes and passes everything else on."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        lifecycle: Lifecycle,
+        probe: EngineProbe | None = None,
+        overloaded: Callable[[], bool] | None = None,
+    ) -> None:
+        """Wrap the application.
+
+        Args:
+            app: what answers all other routes.
+            lifecycle: the server's phase.
+            probe: of the engine, once there is one; used only while serving.
+            overloaded: whether new requests would be refused for want of room.
+
+        """
+        self.app, self._lifecycle = app, lifecycle
+        self._probe, self._overloaded = probe, overloaded
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a probe, or pass the request on."""
+        if (
+            scope["type"] == "http"
+            and scope["path"] in (LIVEZ, READYZ)
+            and scope["method"] in ("GET", "HEAD")
+        ):
+            response = await self._answer(scope["path"])
+            await response(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _answer(self, path: str) -> JSONResponse:
+        state = self._lifecycle.describe()
+        serving = self._lifecycle.phase is Phase.SERVING
+        # While it starts or drains, the engine answers no questions; both have an end.
+        problem = await self._probe.check() if serving and self._probe else None
+        if problem is not None:
+            state |= {"status": "failing", "step": problem}
+        elif serving and path == READYZ and self._overloaded and self._overloaded():
+            state["status"] = problem = "overloaded"
+        healthy = problem is None and (serving or path == LIVEZ)
+        headers = {"Cache-Control": "no-store"}
+        if not healthy:
+            headers["Retry-After"] = str(RETRY_AFTER_S)
+        # The listener changes between the phases, so a connection must not outlive one.
+        if not serving:
+            headers["Connection"] = "close"
+        return JSONResponse(state, 200 if healthy else 503, headers)

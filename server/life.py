@@ -1,0 +1,99 @@
+"""The serving part of the server's life: until a signal, then the drain, then the end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import vllm.envs
+from vllm.logger import init_logger
+
+from sliceserve.server.health import Lifecycle, Phase
+
+if TYPE_CHECKING:
+    import socket
+
+    from sliceserve.server.drain import Drain
+    from sliceserve.server.listener import Listener
+
+_logger = init_logger("vllm.sliceserve.life")
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Seconds for the engine's processes to release what they hold before they are killed.
+ENGINE_STOP_S = 10
+WATCH_INTERVAL_S = 1
+
+
+async def run_until_signal(
+    listener: Listener,
+    bound: socket.socket,
+    engine: Any,
+    drain: Drain,
+    lifecycle: Lifecycle,
+    drain_timeout: float,
+) -> int:
+    """Serve; a first signal begins the drain, a second one ends it at once.
+
+    Args:
+        listener: the HTTP server to run on the bound socket.
+        bound: the socket.
+        engine: vLLM's engine, which is stopped once nothing runs or the time is up.
+        drain: counts the running requests.
+        lifecycle: told of the drain.
+        drain_timeout: seconds that running requests have to finish.
+
+    Returns:
+        0 after a drain, 128 + its number after a second signal, 1 if the engine died.
+
+    """
+    asked, hurry = asyncio.Event(), asyncio.Event()
+    received: list[int] = []
+
+    def on_signal(number: int) -> None:
+        received.append(number)
+        (asked if len(received) == 1 else hurry).set()
+        # At once, so that no request slips in between.
+        lifecycle.enter(Phase.DRAINING, "waiting for running requests")
+
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        loop.add_signal_handler(number, on_signal, number)
+    serving = asyncio.ensure_future(listener.serve(sockets=[bound]))
+    watching = asyncio.ensure_future(_watch(listener, engine))
+    asking = asyncio.ensure_future(asked.wait())
+    try:
+        await asyncio.wait([serving, asking], return_when=asyncio.FIRST_COMPLETED)
+        watching.cancel()
+        if received:
+            _logger.info("Draining: running=%d timeout=%ss", drain.running, drain_timeout)
+            left = await drain.wait(drain_timeout, hurry)
+            if left:
+                _logger.warning("Requests that did not finish in time: %d", left)
+        else:
+            left = drain.running
+            _logger.error("The engine died.")
+        stop_engine = partial(engine.shutdown, timeout=0 if hurry.is_set() else ENGINE_STOP_S)
+        if left:
+            # First and in a thread, so that clients are told of its end.
+            await asyncio.to_thread(stop_engine)
+        listener.should_exit = True
+        listener.force_exit = hurry.is_set()
+        await serving
+        stop_engine()
+    finally:
+        for task in (asking, watching):
+            task.cancel()
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+    if not received:
+        return 1
+    return 128 + received[-1] if hurry.is_set() else 0
+
+
+async def _watch(listener: Listener, engine: Any) -> None:
+    """End the HTTP server when the engine is dead, as a supervisor can only start both anew."""
+    while vllm.envs.VLLM_KEEP_ALIVE_ON_ENGINE_DEATH or not engine.errored:
+        await asyncio.sleep(WATCH_INTERVAL_S)
+    listener.should_exit = True

@@ -1,0 +1,51 @@
+"""A server whose engine is a stand-in, for tests of signals: `life_process.py DRAIN_TIMEOUT`.
+
+It prints its port, and a line for every call of the engine's shutdown. Only GET /metrics
+ends; GET /die kills the engine first.
+"""
+
+import asyncio
+import socket
+import sys
+from typing import Any
+
+import uvicorn
+
+from sliceserve.server.drain import METRICS, Drain
+from sliceserve.server.health import Lifecycle, Phase
+from sliceserve.server.life import run_until_signal
+from sliceserve.server.listener import Listener
+
+
+class StandIn:
+    errored = False
+
+    def shutdown(self, timeout: float) -> None:
+        print(f"shutdown {timeout}", flush=True)
+
+
+async def endless(scope: Any, _receive: Any, send: Any) -> None:
+    if scope["type"] == "http":
+        if scope["path"] == "/die":
+            StandIn.errored = True
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        more = scope["path"] != METRICS
+        await send({"type": "http.response.body", "body": b"begun", "more_body": more})
+        if more:
+            await asyncio.Event().wait()
+
+
+async def main() -> int:
+    lifecycle = Lifecycle(Phase.SERVING)
+    drain = Drain(endless, lifecycle)
+    config = uvicorn.Config(
+        drain, lifespan="off", log_level="critical", timeout_graceful_shutdown=1
+    )
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        print(bound.getsockname()[1], flush=True)
+        return await run_until_signal(
+            Listener(config), bound, StandIn(), drain, lifecycle, float(sys.argv[1])
+        )
+
+
+sys.exit(asyncio.run(main()))

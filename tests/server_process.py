@@ -1,0 +1,107 @@
+"""A real server process for tests, and what is looked up about it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+START_SECONDS = 300
+STOP_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class ServerProcess:
+    process: "subprocess.Popen[bytes]"
+    url: str
+    log: Path
+
+    def wait_for(self, path: str, *statuses: int) -> httpx.Response:
+        """The first answer with one of these statuses."""
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            assert self.process.poll() is None, f"the server ended:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, f"no {statuses} yet:\n{self.log.read_text()}"
+            try:
+                answer = httpx.get(f"{self.url}{path}", timeout=30)
+            except httpx.TransportError:
+                pass
+            else:
+                if answer.status_code in statuses:
+                    return answer
+            time.sleep(0.2)
+
+    def engine(self) -> int:
+        """The process id of the engine."""
+        (found,) = (
+            int(stat.parent.name)
+            for stat in Path("/proc").glob("[0-9]*/stat")
+            if (fields := read_stat(stat))
+            and fields[0] == "VLLM::EngineCor"  # the kernel cuts names
+            and int(fields[2]) == self.process.pid
+        )
+        return found
+
+
+def read_stat(stat: Path) -> list[str]:
+    """The name, the state, the parent, the group, the session and more of a process."""
+    try:
+        name, _, rest = stat.read_text().partition("(")[2].rpartition(")")
+    except OSError:  # it ended meanwhile
+        return []
+    return [name, *rest.split()]
+
+
+def running_in_session(session: int) -> list[str]:
+    """The processes of a session that are not zombies."""
+    everything = map(read_stat, Path("/proc").glob("[0-9]*/stat"))
+    return [
+        fields[0] for fields in everything if fields and int(fields[4]) == session
+        and fields[1] != "Z"
+    ]  # fmt: skip
+
+
+def wait_until_gone(session: int) -> None:
+    """Wait for the helpers and workers that end by themselves once their parent has."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while left := running_in_session(session):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def serving(
+    directory: Path, log: Path, *options: str, **environment: str
+) -> Iterator[ServerProcess]:
+    """A server that may still be starting; nothing of it is left after the block."""
+    port = free_port()
+    command = [str(Path(sys.executable).with_name("sliceserve")), "serve", str(directory)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [*command, "--enforce-eager", *options],
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment,
+            start_new_session=True,
+        )
+    try:
+        yield ServerProcess(process, f"http://127.0.0.1:{port}", log)
+    finally:
+        if running_in_session(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

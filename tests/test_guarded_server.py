@@ -1,0 +1,244 @@
+"""The whole server: starting, serving with keys, hung, draining, its engine killed."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from server_process import STOP_SECONDS, ServerProcess, serving, wait_until_gone
+
+KEY, OTHER_KEY, FIXED_KEY = "key-of-alice", "key-of-bob", "key-from-environment"
+
+
+def stream(server: ServerProcess, tokens: int) -> Any:
+    body = {"model": "sliced", "prompt": "hi", "max_tokens": tokens, "ignore_eos": True}
+    headers = {"Authorization": f"Bearer {FIXED_KEY}"}
+    return httpx.stream(
+        "POST",
+        f"{server.url}/v1/completions",
+        json=body | {"stream": True},
+        headers=headers,
+        timeout=120,
+    )
+
+
+@contextmanager
+def stopped(process: int) -> Iterator[None]:
+    """A process that stands still for the time of the block, so that no answer can end in it."""
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(f"{KEY}\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def starting(
+    tiny_sliced: Path, key_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """A server that nobody has waited for."""
+    log = tmp_path_factory.mktemp("guarded") / "log"
+    options = ("--probe-timeout", "2", "--drain-timeout", "100", "--metrics-public")
+    with serving(
+        tiny_sliced,
+        log,
+        *(*options, "--api-key-file", str(key_file)),
+        SLICESERVE_API_KEY=f"{FIXED_KEY},another",
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def server(starting: ServerProcess) -> ServerProcess:
+    starting.wait_for("/readyz", 200)
+    return starting
+
+
+def get(server: ServerProcess, path: str, key: str | None = None) -> httpx.Response:
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    return httpx.get(f"{server.url}{path}", headers=headers, timeout=30)
+
+
+def test_it_answers_while_the_model_loads(starting: ServerProcess) -> None:
+    alive = starting.wait_for("/livez", 200)
+    assert alive.json()["status"] == "starting"
+    assert alive.json()["step"] in ("reading the options", "loading the model")
+    ready = get(starting, "/readyz")
+    assert (ready.status_code, ready.json()["status"]) == (503, "starting")
+    assert get(starting, "/v1/models").status_code == 401
+    loading = get(starting, "/v1/models", KEY)
+    assert loading.status_code == 503
+    assert "loading" in loading.json()["error"]["message"]
+    assert int(loading.headers["retry-after"]) > 0
+
+
+def test_every_route_of_the_running_server_needs_a_key(server: ServerProcess) -> None:
+    description = get(server, "/openapi.json", KEY).json()
+    routes = [
+        (method, path)
+        for path, operations in description["paths"].items()
+        for method in operations
+        if path != "/metrics"
+    ]
+    assert {"/v1/models", "/tokenize", "/invocations", "/health"} <= {path for _, path in routes}
+    routes += [("get", path) for path in ("/", "/docs", "/openapi.json", "/no/such/route")]
+    for method, path in routes:
+        answer = httpx.request(method, f"{server.url}{path}", timeout=30)
+        assert answer.status_code == 401, (method, path)
+        assert answer.json()["error"]["code"] == 401
+    assert "vllm:num_requests_running" in get(server, "/metrics").text
+
+
+def test_the_openai_client_is_told_what_is_wrong(server: ServerProcess) -> None:
+    good = openai.OpenAI(base_url=f"{server.url}/v1", api_key=FIXED_KEY, max_retries=0)
+    assert [model.id for model in good.models.list()] == ["sliced"]
+    bad = openai.OpenAI(base_url=f"{server.url}/v1", api_key="guessed", max_retries=0)
+    with pytest.raises(openai.AuthenticationError) as caught:
+        bad.models.list()
+    assert "not valid" in str(caught.value)
+    assert "guessed" not in str(caught.value)
+
+
+def test_a_websocket_without_a_key_is_refused(server: ServerProcess) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(
+            b"GET /v1/realtime HTTP/1.1\r\nHost: server\r\nConnection: Upgrade\r\n"
+            b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        assert connection.recv(100).startswith(b"HTTP/1.1 401 ")
+
+
+def test_keys_rotate_without_a_restart(server: ServerProcess, key_file: Path) -> None:
+    assert get(server, "/v1/models", KEY).status_code == 200
+    assert get(server, "/v1/models", OTHER_KEY).status_code == 401
+    replacement = key_file.with_name("new")
+    replacement.write_text(f"{OTHER_KEY}\n")
+    replacement.rename(key_file)
+    assert get(server, "/v1/models", KEY).status_code == 401
+    assert get(server, "/v1/models", OTHER_KEY).status_code == 200
+
+
+def test_browsers_of_other_origins_get_no_permission(server: ServerProcess) -> None:
+    headers = {"Origin": "https://a.example", "Authorization": f"Bearer {FIXED_KEY}"}
+    answer = httpx.get(f"{server.url}/v1/models", headers=headers)
+    assert answer.status_code == 200
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_a_hang_is_found_out_and_passes(server: ServerProcess) -> None:
+    assert get(server, "/livez").status_code == 200
+    with stopped(server.engine()):
+        for path in ("/livez", "/readyz"):
+            answer = get(server, path)
+            assert answer.status_code == 503
+            assert "has not answered" in answer.json()["step"]
+        # vLLM's own answer, which is why there is ours.
+        assert get(server, "/health", FIXED_KEY).status_code == 200
+    server.wait_for("/readyz", 200)
+
+
+def sample(server: ServerProcess, name: str) -> float:
+    (value,) = (
+        found.value
+        for family in text_string_to_metric_families(get(server, "/metrics").text)
+        for found in family.samples
+        if found.name == name
+    )
+    return float(value)
+
+
+def test_a_client_that_leaves_frees_the_engine(server: ServerProcess) -> None:
+    before = sample(server, "vllm:generation_tokens_total")
+    with stopped(server.engine()):
+        with ExitStack() as streams:
+            for _ in range(3):
+                streams.enter_context(stream(server, tokens=500))
+        time.sleep(1)  # the server has time to see that they left, which nothing shows
+    # The gauges are those of the last step, so there must be one.
+    with stream(server, tokens=1) as last:
+        assert list(last.iter_lines())
+    deadline = time.monotonic() + STOP_SECONDS
+    for gauge in ("vllm:num_requests_running", "vllm:kv_cache_usage_perc"):
+        while sample(server, gauge):
+            assert time.monotonic() < deadline, gauge
+            time.sleep(0.05)
+    assert sample(server, "vllm:generation_tokens_total") - before < 3 * 500
+
+
+def test_a_huge_body_is_refused(server: ServerProcess) -> None:
+    answer = httpx.post(
+        f"{server.url}/v1/completions",
+        content=b" " * (5 * 2**20),
+        headers={"Authorization": f"Bearer {FIXED_KEY}"},
+        timeout=60,
+    )
+    assert answer.status_code == 413
+    assert "4194304 bytes" in answer.json()["error"]["message"]
+
+
+def test_keys_are_not_handed_to_the_processes_of_vllm(server: ServerProcess) -> None:
+    environment = Path(f"/proc/{server.engine()}/environ").read_bytes()
+    assert b"VLLM_CPU_KVCACHE_SPACE=1" in environment
+    assert FIXED_KEY.encode() not in environment
+
+
+def test_sigterm_drains_and_ends_with_0(server: ServerProcess) -> None:
+    with ExitStack() as answers:
+        with stopped(server.engine()):
+            answer = answers.enter_context(stream(server, tokens=400))
+            assert answer.status_code == 200
+            server.process.send_signal(signal.SIGTERM)
+            assert server.wait_for("/readyz", 503).json()["status"] == "draining"
+            assert get(server, "/livez").status_code == 200
+            refused = get(server, "/v1/models", FIXED_KEY)
+            assert refused.status_code == 503
+            assert int(refused.headers["retry-after"]) > 0
+            assert get(server, "/v1/models").status_code == 401
+            metrics = get(server, "/metrics").text
+        events = [line for line in answer.iter_lines() if line]
+    assert events[-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in events[-2]
+    assert len(events) > 300
+    for route, status in (("/v1/models", 503), ("/v1/models", 401), ("/v1/completions", 413)):
+        assert f'route="{route}",status="{status}"' in metrics
+    assert 'route="/v1/completions",status="disconnected"' in metrics
+    assert server.process.wait(STOP_SECONDS) == 0, server.log.read_text()
+    wait_until_gone(server.process.pid)
+
+
+def test_no_key_was_ever_logged(server: ServerProcess) -> None:
+    log = server.log.read_text()
+    assert "401" in log
+    assert not [key for key in (KEY, OTHER_KEY, FIXED_KEY, "guessed") if key in log]
+    assert "Traceback" not in log
+
+
+def test_a_killed_engine_ends_streams_and_the_server(tiny_sliced: Path, tmp_path: Path) -> None:
+    with serving(tiny_sliced, tmp_path / "log", SLICESERVE_API_KEY=FIXED_KEY) as server:
+        server.wait_for("/readyz", 200)
+        os.kill(engine := server.engine(), signal.SIGSTOP)
+        with stream(server, tokens=500) as answer:
+            assert answer.status_code == 200
+            os.kill(engine, signal.SIGKILL)
+            rest = "".join(answer.iter_lines())
+        assert '"error"' in rest
+        assert "Traceback" not in rest
+        assert server.process.wait(STOP_SECONDS) == 1, server.log.read_text()
+        wait_until_gone(server.process.pid)

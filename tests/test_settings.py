@@ -1,0 +1,146 @@
+"""Where a setting comes from, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sliceserve.server.serve import main
+from sliceserve.slicing.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLICESERVE_API_KEY", "VLLM_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["DIR", *arguments, "--print-config"]) == 0
+    shown: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return shown
+
+
+def config(directory: Path, text: str) -> str:
+    file = directory / "config.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_a_flag_beats_the_environment_and_that_the_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = config(tmp_path, "drain-timeout: 1\nprobe_timeout: 1\nmetrics-public: true\n")
+    monkeypatch.setenv("SLICESERVE_DRAIN_TIMEOUT", "2")
+    monkeypatch.setenv("SLICESERVE_PROBE_TIMEOUT", "2")
+    shown = printed(capsys, "--config", file, "--drain-timeout", "3")
+    assert (shown["drain-timeout"], shown["probe-timeout"]) == (3, 2)
+    assert shown["metrics-public"] is True
+    # A flag wins even where it repeats the file.
+    assert printed(capsys, f"--config={file}", "--drain-timeout", "1")["drain-timeout"] == 1
+
+
+def test_the_options_of_vllm_pass_through_from_flags_and_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = config(tmp_path, "max-model-len: 77\nenforce-eager: true\n")
+    shown = printed(capsys, "--config", file, "--max_num_seqs", "3")
+    assert shown["max-model-len"] == 77
+    assert shown["enforce-eager"] is True
+    assert shown["max-num-seqs"] == 3
+
+
+def test_cors_is_off_and_can_be_switched_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "allowed-origins" not in printed(capsys)
+    shown = printed(capsys, "--allowed-origins", '["https://a.example"]')
+    assert shown["allowed-origins"] == ["https://a.example"]
+
+
+@pytest.mark.parametrize("source", ["flag", "environment", "vllm", "file"])
+def test_keys_are_taken_from_anywhere_and_never_shown(
+    source: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ["--hf-token", "secret-3"]
+    if source == "flag":
+        arguments += ["--api-key", "secret-1", "secret-2"]
+    elif source == "file":
+        arguments += ["--config", config(tmp_path, "api-key: [secret-1, secret-2]\n")]
+    else:
+        name = {"environment": "SLICESERVE_API_KEY", "vllm": "VLLM_API_KEY"}[source]
+        monkeypatch.setenv(name, "secret-1,\nsecret-2,")
+    assert main(["DIR", *arguments, "--print-config"]) == 0
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out)["api-key"]) == 2
+    assert "secret" not in captured.out + captured.err
+
+
+def test_an_unknown_flag_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["DIR", "--drain-time-out", "3"])
+    assert caught.value.code == 2
+    assert "--drain-time-out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["drane: 3", "drane: false", "drane: []", "metrics.public: {}"])
+def test_an_unknown_key_in_the_file_is_an_error(line: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=line.split(":")[0]):
+        main(["DIR", "--config", config(tmp_path, f"{line}\n"), "--print-config"])
+
+
+def test_an_unknown_variable_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLICESERVE_DRAIN_TIME", "3")
+    with pytest.raises(UserError, match="SLICESERVE_DRAIN_TIME: there is no such setting"):
+        main(["DIR", "--print-config"])
+
+
+def test_variables_of_kubernetes_services_are_no_settings(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_8000_TCP_ADDR"):
+        monkeypatch.setenv(f"SLICESERVE_{name}", "10.0.0.1")
+        monkeypatch.setenv(f"SLICESERVE_7B_CHAT_{name}", "10.0.0.1")
+    assert printed(capsys)["drain-timeout"] == 30
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("drain-timeout", "-1", "greater than or equal to 0"),
+        ("drain-timeout", "inf", "finite"),
+        ("probe-timeout", "0", "greater than 0"),
+        ("probe-timeout", "soon", "valid number"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_source(
+    option: str, value: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=rf"^--{option} '{value}': .*{reason}"):
+        main(["DIR", f"--{option}", value])
+    name = f"SLICESERVE_{option.replace('-', '_').upper()}"
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"^{name} '{value}': .*{reason}"):
+        main(["DIR"])
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "no-such-host.invalid", "192.0.2.1"])
+def test_without_a_key_only_this_machine_is_served(host: str, tiny_sliced: Path) -> None:
+    with pytest.raises(UserError, match=f"--host {host}: .*--insecure"):
+        main([str(tiny_sliced), "--host", host])
+
+
+def test_an_unusable_key_file_is_named(tmp_path: Path, tiny_sliced: Path) -> None:
+    file = tmp_path / "keys"
+    arguments = [str(tiny_sliced), "--api-key-file", str(file)]
+    with pytest.raises(UserError, match=r"--api-key-file '.*keys': No such file"):
+        main(arguments)
+    file.write_text("# none yet\n\n")
+    with pytest.raises(UserError, match="there is no key in it"):
+        main(arguments)
+    file.write_text("good\nhidden secret\n")
+    with pytest.raises(UserError, match="line 2: a key is made of printable ASCII") as caught:
+        main(arguments)
+    assert "hidden" not in str(caught.value)
