@@ -195,7 +195,7 @@ def served(directory: Path, log: Path) -> Iterator[OpenAI]:
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", "2048"]
     with log.open("a") as stream, running(command, stdout=stream, stderr=stream) as server:
-        wait_until_healthy(f"http://127.0.0.1:{port}/health", server)
+        wait_until_healthy(f"http://127.0.0.1:{port}/readyz", server)
         yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
 
 

@@ -2,10 +2,10 @@
 
 import argparse
 import importlib.metadata
-import re
 from pathlib import Path
 from typing import NoReturn
 
+from sliceserve.slicing import values
 from sliceserve.slicing.errors import UserError
 
 ROTATIONS = ("dense", "low-rank", "shared")
@@ -70,14 +70,14 @@ def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument(
         "--target-params",
-        type=_share,
+        type=values.share,
         metavar="SHARE",
         help="of the model's parameters to keep, rotations and head included, in (0, 1]; picks "
         "the width",
     )
     parser.add_argument(
         "--fraction",
-        type=_fraction,
+        type=values.fraction,
         help="instead, of the hidden dimension to delete, in [0, 1); the parameters removed are "
         "fewer (0.25)",
     )
@@ -90,7 +90,7 @@ def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument(
         "--rank",
-        type=_rank,
+        type=values.rank,
         metavar="N|auto",
         help="directions that a low-rank rotation turns; with as many as are deleted it is exact; "
         "auto takes those whose cosine is below 0.98 (a 36th of hidden_size)",
@@ -118,11 +118,13 @@ def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
         "wikitext2, ptb, c4 or alpaca from the hub; self, for text that the dense model writes (it "
         "must fit on the device)",
     )
-    parser.add_argument("--samples", type=_positive, default=64, help="calibration windows")
-    parser.add_argument("--sequence-length", type=_window, default=2048, help="tokens in a window")
+    parser.add_argument("--samples", type=values.number, default=64, help="calibration windows")
+    parser.add_argument(
+        "--sequence-length", type=values.window, default=2048, help="tokens in a window"
+    )
     parser.add_argument(
         "--round-to",
-        type=_positive,
+        type=values.number,
         help="keep a multiple of this many columns (128 of a hidden_size from 2048 up, else 8)",
     )
     parser.add_argument("--seed", type=int, default=0, help="chooses the windows")
@@ -135,7 +137,7 @@ def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument(
         "--memory-limit",
-        type=_bytes,
+        type=values.size,
         metavar="SIZE",
         help="of host memory, such as 24GB; calibration signals that do not fit go to a file "
         "beside the output (most of what is available)",
@@ -170,8 +172,10 @@ def _add_perplexity(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="NAME|FILE",
         help="a text as for slice --calibration; of wikitext2, ptb and c4 the held-out part",
     )
-    parser.add_argument("--sequence-length", type=_window, default=2048, help="tokens in a window")
-    parser.add_argument("--samples", type=_positive, help="windows, from the start (all)")
+    parser.add_argument(
+        "--sequence-length", type=values.window, default=2048, help="tokens in a window"
+    )
+    parser.add_argument("--samples", type=values.number, help="windows, from the start (all)")
     parser.add_argument(
         "--backend", choices=BACKENDS, default="transformers", help="what runs the model"
     )
@@ -192,7 +196,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument(
         "--tasks",
-        type=_names,
+        type=values.names,
         default="piqa,hellaswag,winogrande,arc_easy,arc_challenge",
         metavar="NAME,NAME",
         help="by the names of the harness",
@@ -204,8 +208,8 @@ def _add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="local data: DIR/TASK/validation.jsonl or test.jsonl, in the fields of the task's "
         "data set (from the hub)",
     )
-    parser.add_argument("--limit", type=_positive, help="examples a task, from its start (all)")
-    parser.add_argument("--batch-size", type=_positive, default=16, help="sequences at once")
+    parser.add_argument("--limit", type=values.number, help="examples a task, from its start (all)")
+    parser.add_argument("--batch-size", type=values.number, default=16, help="sequences at once")
     _add_measuring(parser)
 
 
@@ -243,21 +247,25 @@ def _add_finetune(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="NAME|FILE",
         help="to train on, as for slice --calibration",
     )
-    parser.add_argument("--samples", type=_positive, default=128, help="training windows")
+    parser.add_argument("--samples", type=values.number, default=128, help="training windows")
     parser.add_argument(
         "--validation-samples",
-        type=_positive,
+        type=values.number,
         default=8,
         help="windows kept apart, to measure perplexity on before and after",
     )
-    parser.add_argument("--sequence-length", type=_window, default=1024, help="tokens in a window")
-    parser.add_argument("--epochs", type=_positive, default=1, help="times through the windows")
-    parser.add_argument("--batch-size", type=_positive, default=4, help="windows at once")
     parser.add_argument(
-        "--learning-rate", type=_rate, help="at its peak (3e-4 for lora, 1e-5 for full)"
+        "--sequence-length", type=values.window, default=1024, help="tokens in a window"
     )
-    parser.add_argument("--rank", type=_positive, default=32, help="of the adapters")
-    parser.add_argument("--alpha", type=_positive, default=10, help="their scale is alpha / rank")
+    parser.add_argument("--epochs", type=values.number, default=1, help="times through the windows")
+    parser.add_argument("--batch-size", type=values.number, default=4, help="windows at once")
+    parser.add_argument(
+        "--learning-rate", type=values.rate, help="at its peak (3e-4 for lora, 1e-5 for full)"
+    )
+    parser.add_argument("--rank", type=values.number, default=32, help="of the adapters")
+    parser.add_argument(
+        "--alpha", type=values.number, default=10, help="their scale is alpha / rank"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of windows, order and adapters")
     parser.add_argument("--device", help="where to train, for instance cuda:0 (a GPU if any)")
     parser.add_argument(
@@ -337,28 +345,28 @@ def _add_plan(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument(
         "--gpu-memory",
-        type=_bytes,
+        type=values.size,
         required=True,
         metavar="SIZE",
         help="of one GPU, such as 40GiB, which is what a card sold as 40 GB has",
     )
     parser.add_argument(
         "--gpu-memory-utilization",
-        type=_share,
+        type=values.share,
         default=0.92,
         metavar="SHARE",
         help="of it for weights, KV cache and activations, as for serve",
     )
     parser.add_argument(
-        "--fraction", type=_fraction, nargs="+", help="as for slice, one or several (0.25)"
+        "--fraction", type=values.fraction, nargs="+", help="as for slice, one or several (0.25)"
     )
     parser.add_argument(
         "--rotation", choices=ROTATIONS, nargs="+", help="as for slice, one or several (all)"
     )
     parser.add_argument(
-        "--rank", type=_rank_number, metavar="N", help="as for slice (a 36th of hidden_size)"
+        "--rank", type=values.rank_number, metavar="N", help="as for slice (a 36th of hidden_size)"
     )
-    parser.add_argument("--round-to", type=_positive, help="as for slice (the same)")
+    parser.add_argument("--round-to", type=values.number, help="as for slice (the same)")
     parser.add_argument(
         "--quantization",
         choices=QUANTIZATIONS,
@@ -369,84 +377,13 @@ def _add_plan(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--dtype", choices=DTYPES, help="of weights, KV cache and activations (the config's)"
     )
     parser.add_argument(
-        "--context", type=_positive, help="tokens of one sequence (all positions of the model)"
+        "--context", type=values.number, help="tokens of one sequence (all positions of the model)"
     )
-    parser.add_argument("--concurrency", type=_positive, default=1, help="sequences at once")
+    parser.add_argument("--concurrency", type=values.number, default=1, help="sequences at once")
     parser.add_argument(
         "--batched-tokens",
-        type=_positive,
+        type=values.number,
         default=2048,
         help="at most in one step, as --max-num-batched-tokens for serve",
     )
     parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
-    return value
-
-
-def _rank(text: str) -> int | str:
-    return text if text == "auto" else _rank_number(text)
-
-
-def _rank_number(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def _bytes(text: str) -> int:
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-    match = re.fullmatch(r"([0-9.]+) *([a-z]*)", text.strip(), re.IGNORECASE)
-    if not match or match[2].upper() not in units:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 24GB or 512MiB")
-    return int(float(match[1]) * units[match[2].upper()])
-
-
-def _names(text: str) -> list[str]:
-    return [name for part in text.split(",") if (name := part.strip())]
-
-
-def _window(text: str) -> int:
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"{text} is less than 2, and a window must predict")
-    return value
-
-
-# argparse names a failed type by its function.
-_fraction.__name__ = "fraction"
-_positive.__name__ = "number"
-_rank.__name__ = "rank"
-_share.__name__ = "share"
-_window.__name__ = "number"
-_bytes.__name__ = "size"
-_rank_number.__name__ = "number"
-_rate.__name__ = "rate"
-_names.__name__ = "list"
