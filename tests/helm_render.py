@@ -11,6 +11,7 @@ from helm_python import _native
 
 REPOSITORY = Path(__file__).parents[1]
 CHART = REPOSITORY / "helm" / "sliceserve"
+BOARD = CHART / "dashboards" / "sliceserve.json"
 SCENARIOS = sorted(CHART.glob("ci/*-values.yaml"))
 
 Manifest = dict[str, Any]
@@ -61,6 +62,26 @@ def rule_expressions(values: dict[str, Any]) -> list[Any]:
         promql_parser.parse(rule["expr"])
         for group in rule["spec"]["groups"]
         for rule in group["rules"]
+    ]
+
+
+def board() -> dict[str, Any]:
+    """Read the board."""
+    content: dict[str, Any] = json.loads(BOARD.read_text())
+    return content
+
+
+def board_expressions() -> list[Any]:
+    """Parse the query of every panel of the board, with a value for what Grafana fills in.
+
+    Raises:
+        ValueError: one is not PromQL.
+
+    """
+    return [
+        promql_parser.parse(target["expr"].replace("$__rate_interval", "1m"))
+        for panel in board()["panels"]
+        for target in panel.get("targets", [])
     ]
 
 

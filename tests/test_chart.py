@@ -90,7 +90,7 @@ def test_kubernetes_takes_every_manifest(minor: int) -> None:
         kubernetes_validate.validate(manifest, f"1.{minor}", strict=True)
         kinds.add(manifest["kind"])
     assert kinds == {
-        "Deployment", "HorizontalPodAutoscaler", "Ingress", "Job", "NetworkPolicy",
+        "ConfigMap", "Deployment", "HorizontalPodAutoscaler", "Ingress", "Job", "NetworkPolicy",
         "PersistentVolumeClaim", "Pod", "PodDisruptionBudget", "Service", "ServiceAccount",
     }  # fmt: skip
 

@@ -12,7 +12,15 @@ from typing import Any
 import openai
 import promql_parser
 import pytest
-from helm_render import CHART, of_kind, render, rule_expressions, scenario, series_of
+from helm_render import (
+    CHART,
+    board_expressions,
+    of_kind,
+    render,
+    rule_expressions,
+    scenario,
+    series_of,
+)
 from prometheus_client.parser import text_string_to_metric_families
 from server_process import STOP_SECONDS, free_port, serving, wait_until_gone
 from transformers import AutoTokenizer
@@ -317,14 +325,14 @@ def test_missing_directory_is_a_usage_error(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_chart_asks_for_series_that_the_server_exports(server: Server) -> None:
-    """Those of the alert rules and of the autoscaler; `up` is Prometheus' own."""
+    """Those of the alert rules, the autoscaler and the board; `up` is Prometheus' own."""
     values = scenario(CHART / "ci" / "full-values.yaml")
     manifests = render(values)
     (rule,) = of_kind(manifests, "PrometheusRule")
     recorded = {r["record"] for g in rule["spec"]["groups"] for r in g["rules"] if "record" in r}
     (scaled,) = of_kind(manifests, "ScaledObject")
     query = scaled["spec"]["triggers"][0]["metadata"]["query"]
-    expressions = [*rule_expressions(values), promql_parser.parse(query)]
+    expressions = [*rule_expressions(values), promql_parser.parse(query), *board_expressions()]
     wanted = set[str]().union(*map(series_of, expressions))
     assert recorded | {"up"} < wanted
     server.get("/v1/models")  # requests are counted from the first on
