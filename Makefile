@@ -16,9 +16,9 @@ help:
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml deploy/make-venv deploy/get-promtool
+$(VENV)/.installed: pyproject.toml deploy/make-venv deploy/get-prometheus
 	deploy/make-venv $(VENV) -e ".[cpu,test]"
-	deploy/get-promtool $(BIN)
+	deploy/get-prometheus $(BIN)
 	@touch $@
 
 model: $(MODEL)

@@ -25,6 +25,8 @@ def is_running(pid: int) -> bool:
 
 
 def test_what_a_step_started_ends_with_it_also_when_interrupted() -> None:
+    # A shell has made what it runs in the background ignore this.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with (  # noqa: PT012
         pytest.raises(KeyboardInterrupt),
         running([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE) as process,

@@ -2,16 +2,21 @@
 
 import json
 import socket
+import subprocess
+import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import promql_parser
 import pytest
+import yaml
 from helm_render import (
     CHART,
     board_expressions,
@@ -365,3 +370,73 @@ def test_the_server_takes_the_command_of_a_rendered_pod(path: Path) -> None:
     assert args.tensor_parallel_size == int(options["tensor-parallel-size"])
     assert args.pipeline_parallel_size == int(options["pipeline-parallel-size"])
     assert args.served_model_name == [options["served-model-name"]]
+
+
+@pytest.fixture
+def prometheus(server: Server, tmp_path: Path) -> Iterator[httpx.Client]:
+    """A real Prometheus that scrapes the server and has the chart's rules."""
+    binary = Path(sys.executable).with_name("prometheus")
+    if not binary.exists():
+        pytest.skip("no prometheus: apt gave no package to `make install`")
+    values = scenario(CHART / "ci" / "full-values.yaml")
+    values["model"]["servedName"] = server.model
+    (rule,) = of_kind(render(values), "PrometheusRule")
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rule["spec"]))
+    labels = {"namespace": "llm", "pod": "demo-sliceserve-5d9c7b-x2x4z"}
+    targets = [{"targets": [server.url.removeprefix("http://")], "labels": labels}]
+    config = {
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "rule_files": ["rules.yml"],
+        "scrape_configs": [{"job_name": "sliceserve", "static_configs": targets}],
+    }
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
+    address = f"127.0.0.1:{free_port()}"
+    command = [binary, f"--config.file={tmp_path / 'prometheus.yml'}"]
+    command += [f"--storage.tsdb.path={tmp_path / 'data'}", f"--web.listen-address={address}"]
+    with (
+        (tmp_path / "log").open("wb") as log,
+        subprocess.Popen(command, stdout=log, stderr=log) as process,
+        httpx.Client(base_url=f"http://{address}/api/v1", timeout=10) as api,
+    ):
+        yield api
+        process.terminate()
+
+
+def answer_of(api: httpx.Client, path: str, wanted: Callable[[Any], bool], **query: str) -> Any:
+    """The data of Prometheus' answer, once it is as wanted."""
+    deadline = time.monotonic() + 60
+    while True:
+        with suppress(httpx.TransportError):
+            data = api.get(path, params=query).json().get("data")
+            if data and wanted(data):
+                return data
+            assert time.monotonic() < deadline, data
+        assert time.monotonic() < deadline, "no answer"
+        time.sleep(0.2)
+
+
+def test_a_real_prometheus_evaluates_the_charts_rules(
+    server: Server, client: openai.OpenAI, prometheus: httpx.Client
+) -> None:
+    def result(query: str) -> Any:
+        found = answer_of(prometheus, "/query", lambda data: data["result"], query=query)
+        return float(found["result"][0]["value"][1])
+
+    assert result("up == 1") == 1
+    before = result("sliceserve_generation_tokens_total")
+    client.completions.create(model=server.model, prompt=PROMPT, **GREEDY)
+    assert result(f"sliceserve_generation_tokens_total > {before}") == before + 24
+    # No GPUs here, and tokens written.
+    assert result("sliceserve:gpu_ms_per_token >= 0") == 0
+    groups = answer_of(
+        prometheus, "/rules", lambda data: all(r["health"] == "ok" for r in rules_of(data))
+    )
+    assert {rule["name"] for rule in rules_of(groups)} >= {
+        "SliceserveErrors",
+        "SliceserveCacheFull",
+    }
+    assert [rule["name"] for rule in rules_of(groups) if rule.get("state") == "firing"] == []
+
+
+def rules_of(data: Any) -> list[dict[str, Any]]:
+    return [rule for group in data["groups"] for rule in group["rules"]]
