@@ -114,7 +114,8 @@ class Places:
         assert self.survey is not None  # noqa: S101 - what calls this has one
         if self.is_whole(place):
             return self.identity()
-        basis, values = self.survey.basis(place)
+        with self.stopwatch("eigenvectors"):
+            basis, values = self.survey.basis(place)
         self.spectrum = torch.cat([self.spectrum, values.unsqueeze(0)])
         return basis
 

@@ -16,8 +16,6 @@ from torch import Tensor
 
 RANK_TOLERANCE = 0.02  # of a cosine, for `auto_rank`
 
-WIDE_RANK = 64  # see `default_rank`
-
 LEAST_SQUARE = 1e-6  # of a cosine, for the faster decomposition
 
 RankRule = Callable[[Tensor], int]  # from the cosines, rising, to the directions to turn
@@ -79,11 +77,12 @@ def fixed_rank(rank: int) -> RankRule:
 def default_rank(hidden_size: int) -> int:
     """Return the directions to turn at each place unless told.
 
-    A 36th, in whole eights, or in whole 64s where it is more: the matrix products of a GPU that
-    the rotation joins are a tenth slower at other widths (docs/speed.md).
+    A 72nd, in whole eights, or in whole 64s where hidden_size is 2304 or more: the matrix products
+    of a GPU that the rotation joins are a tenth slower at other widths (docs/speed.md).
     """
-    share = hidden_size // 36
-    return max(1, share // 8 * 8) if share < WIDE_RANK else round(share / WIDE_RANK) * WIDE_RANK
+    share = hidden_size / 72
+    multiple = 64 if share >= 32 else 8
+    return max(1, round(share / multiple)) * multiple
 
 
 def auto_rank(cosines: Tensor) -> int:

@@ -1,10 +1,11 @@
 """A survey of the dense model: which directions of the residual stream matter, place by place.
 
 The second moment C = Σxxᵀ says how much of the signal a direction holds; H = Σggᵀ, that of the
-loss's gradient, how much the output changes with it. The output-aware basis of a place are the
-leading eigenvectors of τ·C/tr C + H/(τ·tr H) (arXiv 2609.35579). All layers are run forward once,
-and for some of the windows backward, one layer in memory at a time; what a layer reads is kept in a
-file in between.
+loss's gradient, how much the output changes with it. The output-aware weight of a place is
+W = τ·C/tr C + H/(τ·tr H) (arXiv 2609.35579), and its basis are the leading eigenvectors of W and its
+mean over all places: what one place deletes is lost for the places behind it, so it pays if they
+delete the same. All layers are run forward once, and for some of the windows backward, one layer in
+memory at a time; what a layer reads is kept in a file in between.
 """
 
 from concurrent.futures import Future
@@ -34,6 +35,7 @@ from sliceserve.slicing.stopwatch import Stopwatch
 from sliceserve.slicing.weights import write_tensors
 
 TAU = 3.0
+COMMON = 0.65  # the share of all places' mean in the basis of each
 TIED_WEIGHT = 3.0  # of what the head reads, in the basis of a table that is embedding and head
 GRADIENT_WINDOWS = 32
 
@@ -60,7 +62,7 @@ class Survey:
     """The survey of one model; can be killed and run again, it goes on where it was.
 
     Parts of its progress: one a layer going forward (moments), one for the head, one a layer going
-    backward (bases).
+    backward (weights of places, or the one basis).
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Survey:
         progress, count = self.progress, len(self.layers)
         done = len(progress.part_bytes)
         if done > 2 * count:
+            self._total = progress.tensors()["total"].to(self.layers.device)
             return
         chosen = windows[:: self._stride(len(windows))]
         bar = tqdm(
@@ -106,14 +109,18 @@ class Survey:
 
         Both in float64, of the survey's end.
         """
-        count = len(self.layers)
-        place = 0 if self.plan.shared else place
-        number = count if place == self.last else 2 * count - place // self.step
+        count, device = len(self.layers), self.layers.device
+        width = self.plan.widths[place]
         if self.plan.shared:
-            number = 2 * count
+            kept = load_file(part_path(self.progress.directory, 2 * count))
+            return kept["basis"].to(device), kept["values"]
+        number = count if place == self.last else 2 * count - place // self.step
         kept = load_file(part_path(self.progress.directory, number))
-        basis, values = kept[f"basis.{place}"], kept[f"values.{place}"]
-        return basis.to(self.layers.device), values
+        own, total = kept[f"weight.{place}"].to(device), self._total
+        weight = (1 - COMMON) * own / own.trace() + COMMON * total / total.trace()
+        basis, values = principal_basis(weight, width, self.layers.centred)
+        self.layers.warn_of_rank(values, width, place)
+        return basis, values.cpu()
 
     def head_metric(self) -> Tensor:
         """Return the mean curvature of the loss in what the tied table reads, [D, D]."""
@@ -252,7 +259,7 @@ class Survey:
                 number += 1
             offset += len(batch)
         moment = self._kept_moment(len(layers) - 1, self.step)
-        tensors = self._basis(self.last, moment, gradient.sum)
+        tensors = self._weigh(self.last, moment, gradient.sum)
         if self.plan.tied and table is not None:
             metric = -means.sum
             for start in range(0, len(table), ROWS_PER_PRODUCT):
@@ -283,7 +290,7 @@ class Survey:
                 # Place 0, where one basis for all is complete, comes last.
                 for n in reversed(range(self.step)):
                     moment = self._kept_moment(index, n)
-                    tensors |= self._basis(index * self.step + n, moment, gradients[n].sum)
+                    tensors |= self._weigh(index * self.step + n, moment, gradients[n].sum)
             with self.stopwatch("writing"):
                 kept = signals if self.plan.output_aware else None
                 self._finish(tensors, kept, {"total": self._total})
@@ -321,8 +328,8 @@ class Survey:
         kept = load_file(part_path(self.progress.directory, index))
         return kept[f"moment.{number}"].to(self.layers.device)
 
-    def _basis(self, place: int, moment: Tensor, gradient: Tensor) -> dict[str, Tensor]:
-        """Find the basis of a place, or add its share to the one for all."""
+    def _weigh(self, place: int, moment: Tensor, gradient: Tensor) -> dict[str, Tensor]:
+        """Find the weight of a place and add it to that of all; of one basis for all, that basis."""
         plan = self.plan
         self.layers.check_finite(moment + gradient, place)
         weight = self._combine(moment, gradient)
@@ -330,15 +337,13 @@ class Survey:
             kept = load_file(part_path(self.progress.directory, len(self.layers)))
             metric, reads = (kept[f"head.{x}"].to(weight.device) for x in ("metric", "moment"))
             weight = weight + TIED_WEIGHT * self._combine(reads, metric)
-        if plan.shared:
-            self._total = self._total + weight
-            weight = self._total
-        if plan.shared and place > 0:
-            return {}
-        basis, values = principal_basis(weight, plan.widths[place], self.layers.centred)
+        self._total = self._total + weight
         if not plan.shared:
-            self.layers.warn_of_rank(values, plan.widths[place], place)
-        return {f"basis.{place}": basis, f"values.{place}": values}
+            return {f"weight.{place}": weight}
+        if place > 0:
+            return {}
+        basis, values = principal_basis(self._total, plan.widths[0], self.layers.centred)
+        return {"basis": basis, "values": values}
 
     def _combine(self, moment: Tensor, gradient: Tensor) -> Tensor:
         """Weigh signal and gradient: τ·C/tr C + H/(τ·tr H)."""

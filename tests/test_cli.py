@@ -192,7 +192,7 @@ def test_slice_and_inspect_show_the_true_size(
     assert main(small(dense, tmp_path / "out", "--fraction", "0.3", "--dtype", "bfloat16")) == 0
     printed = capsys.readouterr().out
     assert "64 at 7 places of the residual stream" in printed
-    assert "6 of rank 1" in printed
+    assert "6 of rank 8" in printed
     assert main(["inspect", str(tmp_path / "out")]) == 0
     inspected = capsys.readouterr().out
     assert printed.startswith(inspected)

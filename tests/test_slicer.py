@@ -21,7 +21,7 @@ from sliceserve.slicing.rotations import auto_rank, fixed_rank
 from sliceserve.slicing.shape import sliced_width
 from sliceserve.slicing.slicer import Slicer
 from sliceserve.slicing.stopwatch import Stopwatch
-from sliceserve.slicing.survey import TAU, Survey, SurveyPlan
+from sliceserve.slicing.survey import COMMON, TAU, Survey, SurveyPlan
 
 IDS = torch.randint(0, 256, (6, 48), generator=torch.Generator().manual_seed(3))
 CONFIGS = {"llama": tiny_config()} | OTHER_CONFIGS
@@ -117,6 +117,12 @@ def reference_of(dense: Path, name: str, width: int) -> Reference:
     return Reference(str(dense), width, layers, parallel=name == "phi", head=True)
 
 
+def with_the_mean(weights: list[Tensor]) -> list[Tensor]:
+    """Return what the bases of places with these weights, of one trace, come from."""
+    mean = torch.stack(weights).mean(0)
+    return [(1 - COMMON) * weight + COMMON * mean for weight in weights]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_low_rank_rotations_are_exact_at_the_rank_of_what_is_deleted(
     name: str, tmp_path: Path
@@ -124,9 +130,8 @@ def test_low_rank_rotations_are_exact_at_the_rank_of_what_is_deleted(
     config = CONFIGS[name]
     dense = save_tiny(tmp_path / "dense", config, torch.float64)
     reference = reference_of(dense, name, 72)
-    moments = reference.survey(IDS)
-    for moment, _ in moments:
-        main = torch.linalg.svd(moment).U[:, :72]
+    for weight in with_the_mean([signal / signal.trace() for signal, _ in reference.survey(IDS)]):
+        main = torch.linalg.svd(weight).U[:, :72]
         reference.projections.append(main @ main.T)
     widths = [72] * (places_of(config) + 1)
     deleted = config.hidden_size - 72
@@ -163,8 +168,8 @@ def test_a_survey_agrees_with_automatic_differentiation(
         TAU * signal / signal.trace() + gradient / gradient.trace() / TAU
         for signal, gradient in reference_of(dense, name, 72).survey(IDS)
     ]
-    if shared:
-        weights = [torch.stack(weights).sum(0)] * len(weights)
+    common = torch.stack(weights).sum(0)
+    weights = [common] * len(weights) if shared else with_the_mean(weights)
     for place, weight in enumerate(weights):
         main = torch.linalg.svd(weight).U[:, :72]
         basis, _ = sliced.survey.basis(place)
