@@ -2,10 +2,10 @@
 
 The second moment C = Σxxᵀ says how much of the signal a direction holds; H = Σggᵀ, that of the
 loss's gradient, how much the output changes with it. The output-aware weight of a place is
-W = τ·C/tr C + H/(τ·tr H) (arXiv 2609.35579), and its basis are the leading eigenvectors of W and its
-mean over all places: what one place deletes is lost for the places behind it, so it pays if they
-delete the same. All layers are run forward once, and for some of the windows backward, one layer in
-memory at a time; what a layer reads is kept in a file in between.
+W = τ·C/tr C + H/(τ·tr H) (arXiv 2609.35579), and its basis are the leading eigenvectors of W
+blended with its mean over all places: what one place deletes is lost for those behind it, so it
+pays if they delete the same. All layers are run forward once, and for some of the windows backward,
+one layer in memory at a time; what a layer reads is kept in a file in between.
 """
 
 from concurrent.futures import Future
@@ -329,7 +329,7 @@ class Survey:
         return kept[f"moment.{number}"].to(self.layers.device)
 
     def _weigh(self, place: int, moment: Tensor, gradient: Tensor) -> dict[str, Tensor]:
-        """Find the weight of a place and add it to that of all; of one basis for all, that basis."""
+        """Find the weight of a place, add it to all; of one basis for all, that basis."""
         plan = self.plan
         self.layers.check_finite(moment + gradient, place)
         weight = self._combine(moment, gradient)
