@@ -3,9 +3,9 @@
     python benchmarks/frontier.py MODEL OUT --calibration FILE --text FILE --targets 0.9 0.8
 
 Slices MODEL in every form to every target (rotations and head included, against the model as it is
-stored) and measures the results on the start of each text. MODEL, FILE and --device are as for
-`sliceserve slice`. Every row is kept in OUT/rows.jsonl and its model in OUT/models, so that a run
-that was stopped goes on where it was; the table and OUT/frontier.svg come last.
+stored) and measures the results on the first windows of each text. MODEL, FILE and --device are as
+for `sliceserve slice`. Every row is kept in OUT/rows.jsonl and its model in OUT/models, so that a
+run that was stopped goes on where it was; the table and OUT/frontier.svg come last.
 """
 
 import argparse
@@ -21,11 +21,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sliceserve.slicing.calibration import token_windows
 from sliceserve.slicing.checkpoint import read_checkpoint_summary
+from sliceserve.slicing.corpora import read_corpus
 from sliceserve.slicing.dense import open_dense_model
 from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.perplexity import measure_text
-from sliceserve.slicing.source import quiet_transformers
+from sliceserve.slicing.source import load_tokenizer, locate, quiet_transformers
 
 AWARE = {"basis": "output-aware", "refit": "none"}
 FORMS: dict[str, dict[str, Any]] = {
@@ -41,26 +43,35 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Settings:
-    """What all rows have in common."""
+    """What all rows have in common; `windows` is how many of each text are measured on."""
 
     model: str
     calibration: str
     text: list[str]
     samples: int
     sequence_length: int
-    windows: int
+    windows: list[int]
     device: str
     compute_dtype: str | None
 
     def perplexities(self, model: str) -> dict[str, float]:
         """Measure a model on the start of each text."""
-        length, windows, device = self.sequence_length, self.windows, self.device
+        length, device, dtype = self.sequence_length, self.device, self.compute_dtype
         return {
             Path(text).stem: measure_text(
-                model, text, length, windows, device, self.compute_dtype
+                model, text, length, windows, device, dtype, show_progress=False
             ).perplexity
-            for text in self.text
+            for text, windows in zip(self.text, self.windows, strict=True)
         }
+
+
+def windows_of(model: str, text: str, length: int, most: int) -> int:
+    """Count the windows of a text, up to `most`."""
+    tokenizer = load_tokenizer(locate(model))
+    windows = token_windows(read_corpus(text, "--text", "held out"), tokenizer, length)
+    if not len(windows):
+        sys.exit(f"--text {text!r} has no {length} tokens")
+    return min(len(windows), most)
 
 
 def measure(settings: Settings, form: str, target: float, output: Path) -> dict[str, Any]:
@@ -70,8 +81,9 @@ def measure(settings: Settings, form: str, target: float, output: Path) -> dict[
         parameters = open_dense_model(settings.model).parameters
         row = {"width": None, "parameters": parameters, "stored": 1.0, "seconds": None}
         return row | {"form": form, "target": 1.0, **settings.perplexities(settings.model)}
-    started = time.perf_counter()
+    seconds = None
     if not output.exists():
+        started = time.perf_counter()
         options = SliceOptions(
             settings.model,
             output,
@@ -84,7 +96,7 @@ def measure(settings: Settings, form: str, target: float, output: Path) -> dict[
             **FORMS[form],
         )
         run_slice(options, show_progress=False)
-    seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started
     summary = read_checkpoint_summary(output)
     return {
         "form": form,
@@ -156,12 +168,14 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=2048)
-    parser.add_argument("--windows", type=int, default=64, help="of each text, to measure on")
+    parser.add_argument("--windows", type=int, default=64, help="of each text, at most")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compute-dtype")
     parser.add_argument("--jobs", type=int, default=1, help="rows at once")
     given = vars(parser.parse_args())
     output, targets, forms, jobs = (given.pop(x) for x in ("output", "targets", "forms", "jobs"))
+    length, most = given["sequence_length"], given["windows"]
+    given["windows"] = [windows_of(given["model"], x, length, most) for x in given["text"]]
     settings = Settings(**given)
     output.mkdir(parents=True, exist_ok=True)
     noted, kept = output / "settings.json", output / "rows.jsonl"
@@ -187,11 +201,15 @@ def main() -> None:
             ): (form, target)
             for form, target in missing
         }
-        for done in as_completed(running):
-            found[running[done]] = row = done.result()
-            with kept.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            bar.update()
+        try:
+            for done in as_completed(running):
+                found[running[done]] = row = done.result()
+                with kept.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                bar.update()
+        except Exception:
+            pool.shutdown(cancel_futures=True)
+            raise
     order = [DENSE, *forms]
     rows = [found[pair] for pair in sorted(wanted, key=lambda pair: order.index(pair[0]))]
     names = [Path(text).stem for text in settings.text]

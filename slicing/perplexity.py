@@ -43,6 +43,7 @@ def measure_text(
     device: str = "cpu",
     dtype: str | None = None,
     backend: str = "transformers",
+    show_progress: bool = True,
 ) -> Perplexity:
     """Measure a model, by name, on the first windows of a text.
 
@@ -54,6 +55,7 @@ def measure_text(
         device: where it runs.
         dtype: to run in; None is float32 on a CPU and the stored one elsewhere.
         backend: "transformers" or "vllm".
+        show_progress: whether to draw a bar; vLLM draws its own.
 
     Raises:
         UserError: no such model, text or device, a text too short, tokens that the model lacks, or
@@ -81,7 +83,7 @@ def measure_text(
         total = negative_log_likelihood(location.directory, windows, chosen)
     else:
         with within_memory(place):
-            total = measure(load_model(location, place, chosen), windows)
+            total = measure(load_model(location, place, chosen), windows, show_progress)
     predicted = windows.numel() - len(windows)
     perplexity = _exp(total / predicted)
     if not math.isfinite(perplexity):

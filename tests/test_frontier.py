@@ -28,7 +28,7 @@ ROWS = [row(DENSE, 1000, 20, 5), row("paper", 900, 40, 20), row("paper", 800, 80
 def test_a_row_is_what_slice_and_perplexity_give(tiny: Path, tmp_path: Path) -> None:
     text = tmp_path / "some.txt"
     text.write_text("Rows and columns of matrices are deleted. " * 200)
-    settings = Settings(str(tiny), "mixture", [str(text)], 14, 64, 2, "cpu", None)
+    settings = Settings(str(tiny), "mixture", [str(text)], 14, 64, [2], "cpu", None)
     for form in FORMS:
         found = measure(settings, form, 0.9, tmp_path / form)
         assert found["stored"] <= 0.9
