@@ -25,7 +25,9 @@ from sliceserve.slicing.config import SlicedConfig
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.evaluation import Score, average, main_metric
 from sliceserve.slicing.finetune import HISTORY
+from sliceserve.slicing.job import PAPER
 from sliceserve.slicing.modeling import HEAD_MAP, ROTATION, expected_shapes
+from sliceserve.slicing.report import describe_ranks
 from sliceserve.slicing.source import read_json_object
 
 TEMPLATES = Path(__file__).with_name("data")
@@ -57,6 +59,9 @@ def write_report(directory: Path, results: Sequence[Path], output: Path) -> None
     page = environment.get_template("report.html.jinja").render(
         summary=summary,
         options=summary.provenance.get("options", {}),
+        hidden_size=config.base().hidden_size,
+        rotations=describe_ranks(summary.slicing.ranks),
+        energy=energy_of(summary),
         source=summary.provenance.get("source", {}),
         parts=parts_table(summary, config),
         places=describe_widths(summary),
@@ -172,11 +177,15 @@ def describe_widths(summary: CheckpointSummary) -> list[tuple[str, int]]:
     return result
 
 
-def spectrum_charts(directory: Path, summary: CheckpointSummary) -> list[Markup]:
-    """Draw the energy that slicing lost at each place, and the spectrum at some of them.
+def energy_of(summary: CheckpointSummary) -> str:
+    """Return what the spectrum is of: a survey weighs directions by more than their energy."""
+    options = summary.provenance.get("options", {})
+    paper = all(options.get(name, value) == value for name, value in PAPER.items())
+    return "energy" if paper else "weight"
 
-    Where bases look at the output, weight stands for energy: signal and gradient together.
-    """
+
+def spectrum_charts(directory: Path, summary: CheckpointSummary) -> list[Markup]:
+    """Draw the energy that slicing lost at each place, and the spectrum at some of them."""
     if not (directory / SPECTRUM).exists():
         return []
     spectrum = np.load(directory / SPECTRUM).astype(np.float64)
@@ -184,8 +193,7 @@ def spectrum_charts(directory: Path, summary: CheckpointSummary) -> list[Markup]
     total = spectrum.sum(1)
     kept = np.array([row[:width].sum() for row, width in zip(spectrum, widths, strict=True)])
     lost = 1 - kept / total
-    aware = summary.provenance.get("options", {}).get("basis") == "output-aware"
-    energy = "weight" if aware else "energy"
+    energy = energy_of(summary)
     shown = np.unique(np.linspace(0, len(spectrum) - 1, PLACES_SHOWN).round().astype(int))
     lines = [
         Line(f"place {place}", list(enumerate(spectrum[place] / total[place], start=1)))

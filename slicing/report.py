@@ -61,6 +61,8 @@ def describe(summary: CheckpointSummary) -> str:
 
 def describe_ranks(ranks: list[int | None]) -> str:
     """Say of what rank the rotations are."""
+    if not any(rank is None or rank for rank in ranks):
+        return "none"
     low = [rank for rank in ranks if rank is not None]
     parts = [f"{len(ranks) - len(low)} whole matrices"] if len(low) < len(ranks) else []
     if low:

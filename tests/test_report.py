@@ -18,7 +18,7 @@ from sliceserve.slicing.checkpoint import read_checkpoint_summary
 from sliceserve.slicing.cli import main
 from sliceserve.slicing.config import SlicedConfig
 from sliceserve.slicing.finetune import HISTORY
-from sliceserve.slicing.job import SliceOptions, run_slice
+from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.page import parts_table
 
 VOID = {"meta", "br", "img", "hr", "link", "input"}
@@ -168,6 +168,28 @@ def test_parts_add_up_for_every_architecture(name: str, tmp_path: Path) -> None:
     assert total["after"] == AutoModelForCausalLM.from_pretrained(output).num_parameters()
     assert all(row["before"] for row in parts if row["part"] not in ("rotations", "head"))
     assert sum(row["after"] for row in parts) == total["after"]
+
+
+@pytest.mark.parametrize(
+    ("options", "rotations"),
+    [
+        ({"target_params": 0.9}, "6 of rank 8."),
+        ({"target_params": 0.9, "rotation": "shared"}, "none."),
+        ({"fraction": 0.3, **PAPER}, "6 whole matrices."),
+    ],
+)
+def test_a_model_of_any_form_has_a_page(
+    options: dict[str, Any], rotations: str, tiny: Path, tmp_path: Path
+) -> None:
+    output, file = tmp_path / "out", tmp_path / "page.html"
+    chosen = SliceOptions(str(tiny), output, samples=14, sequence_length=64, **options)
+    width = run_slice(chosen, show_progress=False).summary.slicing.widths[0]
+    assert main(["report", str(output), "--output", str(file)]) == 0
+    text = file.read_text()
+    Page(text)
+    assert f"{100 * (96 - width) / 96:.3g} % of the hidden dimension was deleted" in text
+    assert f"Rotations: {rotations}" in text
+    assert ("least energy" in text) == (options.get("basis") == "pca")
 
 
 def test_a_file_that_holds_no_results_is_refused(
