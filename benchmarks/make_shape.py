@@ -1,7 +1,7 @@
 """Write config.json of a dense model's shape and of the same sliced, for runs with dummy weights.
 
 python benchmarks/make_shape.py llama-2-7b OUT --fraction 0.25 --rotation low-rank
-python benchmarks/throughput.py OUT/dense OUT/low-rank-0.25 --load-format dummy --requests 1 64
+sliceserve benchmark OUT/low-rank-0.25 --against OUT/dense --load-format dummy
 """
 
 import argparse

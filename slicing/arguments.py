@@ -46,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_perplexity(commands)
     _add_evaluate(commands)
     _add_finetune(commands)
+    _add_benchmark(commands)
     _add_report(commands)
     _add_export(commands)
     _add_quantize(commands)
@@ -273,6 +274,46 @@ def _add_finetune(commands: "argparse._SubParsersAction[Parser]") -> None:
         action="store_true",
         help="keep what is unfinished when the run ends early, and go on from it",
     )
+
+
+def _add_benchmark(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = commands.add_parser(
+        "benchmark",
+        help="measure how fast a sliced model is here, beside its dense parent",
+        description="Runs each model through vLLM, in a process of its own: batches of equal "
+        "requests that start together, of random tokens.",
+        formatter_class=HelpFormatter,
+    )
+    parser.set_defaults(command="benchmark")
+    parser.add_argument("model", metavar="MODEL_OR_DIR", help="a dense or a sliced model")
+    parser.add_argument("--against", metavar="MODEL_OR_DIR", help="another, the first column")
+    parser.add_argument(
+        "--batch-size", type=values.number, nargs="+", default=[1, 8, 64], help="requests at once"
+    )
+    parser.add_argument("--input-len", type=values.number, default=128, help="tokens in a prompt")
+    parser.add_argument(
+        "--output-len", type=values.window, default=128, help="tokens generated for each"
+    )
+    parser.add_argument(
+        "--repeats", type=values.number, default=3, help="of every batch; the fastest counts"
+    )
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="to run in")
+    parser.add_argument(
+        "--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights"
+    )
+    parser.add_argument(
+        "--tensor-parallel-size", type=values.number, default=1, help="GPUs that share every layer"
+    )
+    parser.add_argument(
+        "--pipeline-parallel-size", type=values.number, default=1, help="GPUs that take turns"
+    )
+    parser.add_argument(
+        "--gpu-memory-utilization", type=values.share, help="share of a GPU's memory (vLLM's)"
+    )
+    parser.add_argument(
+        "--enforce-eager", action="store_true", help="without compilation and CUDA graphs"
+    )
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
 
 
 def _add_report(commands: "argparse._SubParsersAction[Parser]") -> None:

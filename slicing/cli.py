@@ -154,6 +154,24 @@ def finetune_command(device: str | None, **options: object) -> int:
     return 0
 
 
+def benchmark_command(
+    model: str, against: str | None, batch_size: list[int], as_json: bool, **options: object
+) -> int:
+    """Run `sliceserve benchmark`."""
+    from sliceserve.server.speed import SpeedOptions, compare_speed, describe_speed
+    from sliceserve.slicing.source import quiet_transformers
+
+    quiet_transformers()
+    chosen = SpeedOptions(batch_size=tuple(batch_size), **options)  # type: ignore[arg-type]
+    found = compare_speed([model] if against is None else [against, model], chosen)
+    if as_json:
+        speed = {name: asdict(speed) for name, speed in found.items()}
+        print(json.dumps({"speed": speed, "options": asdict(chosen)}, indent=2))
+    else:
+        print(describe_speed(found, chosen))
+    return 0
+
+
 def report_command(directory: Path, results: list[Path], output: Path) -> int:
     """Run `sliceserve report`."""
     from sliceserve.slicing.page import write_report
@@ -218,6 +236,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "perplexity": perplexity_command,
     "evaluate": evaluate_command,
     "finetune": finetune_command,
+    "benchmark": benchmark_command,
     "report": report_command,
     "export": export_command,
     "quantize": quantize_command,

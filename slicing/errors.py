@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pydantic import ValidationError
+
 
 class UserError(Exception):
     """A mistake in what the user gave; its message is one sentence naming the argument and value.
@@ -13,7 +15,12 @@ class UserError(Exception):
 
 def reason(error: BaseException) -> str:
     """Return the first line of an error's message; libraries follow it with pages of advice."""
-    lines = str(error).strip().splitlines()
+    text = str(error)
+    if isinstance(error, ValidationError):
+        # Its own first line says only how many fields are wrong.
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        text = first["msg"].removeprefix("Value error, ")
+    lines = text.strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
 
 

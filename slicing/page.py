@@ -39,7 +39,7 @@ def write_report(directory: Path, results: Sequence[Path], output: Path) -> None
 
     Args:
         directory: the checkpoint.
-        results: files that `perplexity --json` and `evaluate --json` have printed.
+        results: files that `perplexity`, `evaluate` and `benchmark` have printed with `--json`.
         output: the HTML file; replaced if it is there.
 
     Raises:
@@ -55,7 +55,7 @@ def write_report(directory: Path, results: Sequence[Path], output: Path) -> None
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    perplexities, evaluations = read_results(results)
+    perplexities, evaluations, speeds = read_results(results)
     page = environment.get_template("report.html.jinja").render(
         summary=summary,
         options=summary.provenance.get("options", {}),
@@ -68,6 +68,8 @@ def write_report(directory: Path, results: Sequence[Path], output: Path) -> None
         charts=spectrum_charts(directory, summary),
         perplexities=perplexities,
         evaluation=evaluation_rows(evaluations),
+        speeds=speeds,
+        speed_charts=speed_charts(speeds),
         finetuning=finetuning_charts(directory),
         provenance=flatten(summary.provenance),
     )
@@ -80,15 +82,18 @@ def write_report(directory: Path, results: Sequence[Path], output: Path) -> None
         raise UserError(f"--output {str(output)!r} cannot be written: {error}") from error
 
 
-def read_results(files: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Read perplexities, and evaluations by model, from what the commands have printed.
+def read_results(
+    files: Sequence[Path],
+) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+    """Read perplexities, evaluations by model and speeds by model from what commands have printed.
 
     Raises:
-        UserError: a file that holds neither.
+        UserError: a file that holds none of them.
 
     """
     perplexities: list[dict[str, Any]] = []
     evaluations: dict[str, Any] = {}
+    speeds: dict[str, Any] = {}
     for file in files:
         fields = read_json_object(file)
         if isinstance(fields.get("evaluation"), dict):
@@ -99,14 +104,16 @@ def read_results(files: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str,
                         for task, metrics in scores.items()
                     }
                 )
+        elif isinstance(fields.get("speed"), dict):
+            speeds |= fields["speed"]
         elif "perplexity" in fields and "text" in fields:
             perplexities.append(fields)
         else:
             raise UserError(
-                f"--results {str(file)!r} is not what `perplexity --json` or `evaluate --json` "
-                "prints"
+                f"--results {str(file)!r} is not what `perplexity`, `evaluate` or `benchmark` "
+                "prints with --json"
             )
-    return perplexities, evaluations
+    return perplexities, evaluations, speeds
 
 
 def evaluation_rows(evaluations: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,6 +130,25 @@ def evaluation_rows(evaluations: Mapping[str, Any]) -> dict[str, Any]:
     if len(tasks) > 1 and all(scores.keys() >= set(tasks) for scores in evaluations.values()):
         rows.append(("average", "", [average(evaluations[model]) for model in models]))
     return {"models": models, "rows": rows}
+
+
+def speed_charts(speeds: Mapping[str, Any]) -> list[Markup]:
+    """Draw the time of a token, and tokens a second, against the requests at once."""
+
+    def lines(key: str, scale: float) -> list[Line]:
+        return [
+            Line(model, [(batch["batch_size"], batch[key] * scale) for batch in speed["batches"]])
+            for model, speed in speeds.items()
+        ]
+
+    if not speeds:
+        return []
+    return [
+        line_chart(lines("itl", 1e3), "Milliseconds a token", "requests at once", "ITL, ms"),
+        line_chart(
+            lines("output_throughput", 1), "Tokens a second", "requests at once", "tokens/s"
+        ),
+    ]
 
 
 def part_of(name: str, architecture: Architecture) -> str:

@@ -1,0 +1,91 @@
+"""`sliceserve benchmark` through the real vLLM, and what the report makes of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report import Page
+
+from sliceserve.server.speed import BatchSpeed, Speed, SpeedOptions, describe_speed
+from sliceserve.slicing.cli import main
+
+SHORT = ["--input-len", "8", "--output-len", "5", "--repeats", "1", "--enforce-eager"]
+
+
+@pytest.fixture(scope="module")
+def printed(tiny: Path, tiny_sliced: Path) -> dict[str, Any]:
+    """What the command prints as JSON, of two models."""
+    command = [Path(sys.executable).with_name("sliceserve"), "benchmark", tiny_sliced]
+    command += ["--against", tiny, "--batch-size", "1", "3", *SHORT, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    fields: dict[str, Any] = json.loads(done.stdout)
+    return fields
+
+
+def test_models_are_measured_side_by_side(
+    printed: dict[str, Any], tiny: Path, tiny_sliced: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert list(printed["speed"]) == [str(tiny), str(tiny_sliced)]
+    assert main(["inspect", str(tiny_sliced), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    counts = [speed["parameters"] for speed in printed["speed"].values()]
+    assert counts == [summary["dense_parameters"], summary["sliced_parameters"]]
+    for speed in printed["speed"].values():
+        assert [batch["batch_size"] for batch in speed["batches"]] == [1, 3]
+        for batch in speed["batches"]:
+            seconds = batch["ttft"] + 4 * batch["itl"]
+            assert batch["output_throughput"] * seconds == pytest.approx(5 * batch["batch_size"])
+
+
+def test_the_report_shows_every_batch_and_a_chart(
+    printed: dict[str, Any], tiny_sliced: Path, tmp_path: Path
+) -> None:
+    results, output = tmp_path / "speed.json", tmp_path / "page.html"
+    results.write_text(json.dumps(printed))
+    arguments = ["report", str(tiny_sliced), "--output", str(output), "--results", str(results)]
+    assert main(arguments) == 0
+    page = Page(output.read_text())
+    for model, speed in printed["speed"].items():
+        shown = [row[1:5] for row in page.rows if row[:1] == [model]]
+        assert shown == [
+            [
+                str(batch["batch_size"]),
+                f"{1e3 * batch['ttft']:.2f}",
+                f"{1e3 * batch['itl']:.2f}",
+                f"{batch['output_throughput']:,.1f}",
+            ]
+            for batch in speed["batches"]
+        ]
+    titles = [value for key, value in page.attributes if key == "aria-label"]
+    assert {"Milliseconds a token", "Tokens a second"} <= set(titles)
+
+
+def test_the_table_has_the_ratio_to_the_first_model() -> None:
+    def speed(parameters: int, itl: float) -> Speed:
+        batch = BatchSpeed(4, ttft=0.5, itl=itl, output_throughput=4 / itl)
+        return Speed(parameters, 20.0, 4096, "GPU", "bfloat16", "0.32.0", (batch,))
+
+    found = {"/a/dense": speed(1000, 0.1), "/a/sliced": speed(750, 0.08)}
+    options = SpeedOptions(batch_size=(4,))
+    rows = [line.split() for line in describe_speed(found, options).splitlines()]
+    assert rows[0] == ["dense", "sliced", "ratio"]
+    assert rows[1] == ["parameters", "1,000", "750", "0.750"]
+    assert ["batch", "4:", "ITL,", "ms", "100.00", "80.00", "0.800"] in rows
+    assert ["batch", "4:", "tokens/s", "40.0", "50.0", "1.250"] in rows
+
+
+def test_what_cannot_be_measured_is_said_in_one_sentence(
+    tiny: Path, smollm2_gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["benchmark", str(tiny), "--against", str(tmp_path / "none")]) == 2
+    assert "none" in capfd.readouterr().err.splitlines()[-1]
+    assert main(["benchmark", str(smollm2_gguf)]) == 2
+    assert "is a GGUF file" in capfd.readouterr().err.splitlines()[-1]
+    assert main(["benchmark", str(tiny), "--input-len", "600"]) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("sliceserve: error: vLLM cannot load ")
+    assert "max_model_len" in last
