@@ -11,6 +11,15 @@ app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
+{{- define "sliceserve.nodesSelector" -}}
+matchLabels:
+  {{- include "sliceserve.selectorLabels" . | nindent 2 }}
+matchExpressions:
+  - key: app.kubernetes.io/component
+    operator: In
+    values: [server, worker]
+{{- end -}}
+
 {{- define "sliceserve.labels" -}}
 {{ include "sliceserve.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
@@ -41,7 +50,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{/* Everything that makes one slice another: names its directory. */}}
 {{- define "sliceserve.slice" -}}
 {{- $model := omit .Values.model "servedName" "hubToken" -}}
-{{- dict "model" $model "fraction" .Values.slice.fraction "args" .Values.slice.extraArgs | toJson | sha256sum | trunc 10 -}}
+{{- dict "model" $model "fraction" .Values.slice.fraction "target" .Values.slice.targetParams "args" .Values.slice.extraArgs | toJson | sha256sum | trunc 10 -}}
 {{- end -}}
 
 {{/* Everything a Job is made of, since a Job cannot be changed: a new one finds the slice there. */}}
@@ -63,8 +72,30 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- .Values.checkpoints.existingClaim | default (printf "%s-checkpoints" (include "sliceserve.fullname" .)) -}}
 {{- end -}}
 
-{{- define "sliceserve.gpus" -}}
+{{- define "sliceserve.ranks" -}}
 {{- mul .Values.server.tensorParallelSize .Values.server.pipelineParallelSize -}}
+{{- end -}}
+
+{{/* GPUs of one pod. */}}
+{{- define "sliceserve.gpus" -}}
+{{- $ranks := include "sliceserve.ranks" . | int -}}
+{{- $nodes := .Values.server.nodes | int -}}
+{{- if mod $ranks $nodes -}}
+{{- fail (printf "server.nodes is %d, which does not divide server.tensorParallelSize × server.pipelineParallelSize = %d" $nodes $ranks) -}}
+{{- end -}}
+{{- div $ranks $nodes -}}
+{{- end -}}
+
+{{/* What autoscaling scales. */}}
+{{- define "sliceserve.scaled" -}}
+{{- if eq (int .Values.server.nodes) 1 -}}
+apiVersion: apps/v1
+kind: Deployment
+{{- else -}}
+apiVersion: leaderworkerset.x-k8s.io/v1
+kind: LeaderWorkerSet
+{{- end }}
+name: {{ include "sliceserve.fullname" . }}
 {{- end -}}
 
 {{- define "sliceserve.podSecurityContext" -}}
