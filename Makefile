@@ -19,6 +19,8 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml deploy/make-venv deploy/get-prometheus
 	deploy/make-venv $(VENV) -e ".[cpu,test]"
 	deploy/get-prometheus $(BIN)
+	# For the schema of compose files in it; its dependencies are not needed.
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(VENV)/compose docker-compose==1.29.2
 	@touch $@
 
 model: $(MODEL)

@@ -1,6 +1,7 @@
 """Images, compose file and unit: as far as they can be tried without a container engine."""
 
 import configparser
+import json
 import re
 import shlex
 import shutil
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from helm_render import BOARD, REPOSITORY
@@ -36,6 +38,19 @@ def test_hadolint_has_nothing_to_say(name: str) -> None:
         [hadolint, "--no-color", str(DEPLOY / name)], capture_output=True, text=True, check=False
     )
     assert (found.returncode, found.stdout) == (0, "")
+
+
+def test_the_compose_file_fits_its_schema() -> None:
+    """The newest schema on PyPI; it is older than the project's name in the file."""
+    path = Path(sys.prefix) / "compose" / "compose" / "config" / "compose_spec.json"
+    check = jsonschema.Draft7Validator(json.loads(path.read_text())).validate
+    content = {key: value for key, value in COMPOSE.items() if key != "name"}
+    check(content)
+    server = content["services"]["server"]
+    with pytest.raises(jsonschema.ValidationError, match="comand"):
+        check({"services": {"server": server | {"comand": "typo"}}})
+    text = (DEPLOY / "compose.cpu.yaml").read_text().replace("!reset null", "{}")
+    check(yaml.safe_load(text))
 
 
 def test_the_image_gets_what_the_wheel_is_built_from() -> None:
