@@ -91,9 +91,18 @@ def serving(
     port = free_port()
     command = [str(Path(sys.executable).with_name("sliceserve")), "serve", str(directory)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    with started([*command, "--enforce-eager", *options], port, log, environment) as server:
+        yield server
+
+
+@contextmanager
+def started(
+    command: list[str], port: int, log: Path, environment: dict[str, str]
+) -> Iterator[ServerProcess]:
+    """A command that serves on a port; nothing of it is left after the block."""
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [*command, "--enforce-eager", *options],
+            command,
             stdout=sink,
             stderr=subprocess.STDOUT,
             env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment,

@@ -1,0 +1,108 @@
+"""The chart's pods run here: the server's rendered command, its probes, the pod of `helm test`."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from helm_render import CHART, Manifest, of_kind, render, scenario
+from server_process import ServerProcess, free_port, started
+
+KEY = "key-of-alice"
+BIN = Path(sys.executable).parent
+
+
+def moved(words: list[str], places: dict[str, str]) -> list[str]:
+    """A command with the container's paths and addresses replaced by those here."""
+    for before, after in places.items():
+        words = [word.replace(before, after) for word in words]
+    return words
+
+
+def environment(container: Manifest, places: dict[str, str]) -> dict[str, str]:
+    values = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
+    return dict(zip(values, moved(list(values.values()), places), strict=True))
+
+
+@pytest.fixture(scope="module")
+def manifests() -> list[Manifest]:
+    values = scenario(CHART / "ci" / "cpu-values.yaml")
+    values["model"]["servedName"] = "small"
+    values["server"] |= {"port": free_port(), "maxModelLen": 256}
+    return render(values | {"auth": {"existingSecret": "keys"}})
+
+
+@pytest.fixture(scope="module")
+def container(manifests: list[Manifest]) -> Manifest:
+    (deployment,) = of_kind(manifests, "Deployment")
+    (found,) = deployment["spec"]["template"]["spec"]["containers"]
+    return dict(found)
+
+
+@pytest.fixture(scope="module")
+def server(
+    container: Manifest, tiny_sliced: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    work = tmp_path_factory.mktemp("pod")
+    (work / "api-key").write_text(f"{KEY}\n")
+    _, _, directory = container["command"]
+    places = {
+        directory: str(tiny_sliced),
+        "/etc/sliceserve/key": str(work),
+        "/cache": str(work / "cache"),
+        "0.0.0.0": "127.0.0.1",
+    }
+    command = moved(container["command"] + container["args"], places)
+    command[0] = str(BIN / command[0])
+    port: int = container["ports"][0]["containerPort"]
+    variables = environment(container, places)
+    with started([*command, "--enforce-eager"], port, work / "log", variables) as running:
+        yield running
+
+
+@pytest.mark.parametrize("probe", ["startupProbe", "readinessProbe", "livenessProbe"])
+def test_probes_find_the_rendered_server(
+    probe: str, container: Manifest, server: ServerProcess
+) -> None:
+    """Without a key, as the kubelet asks."""
+    request = container[probe]["httpGet"]
+    assert request["port"] == container["ports"][0]["name"]
+    assert server.wait_for(request["path"], 200).status_code == 200
+
+
+def test_the_rendered_server_wants_the_key_of_the_secret(server: ServerProcess) -> None:
+    server.wait_for("/readyz", 200)
+    assert httpx.get(f"{server.url}/v1/models").status_code == 401
+    known: dict[str, Any] = httpx.get(
+        f"{server.url}/v1/models", headers={"Authorization": f"Bearer {KEY}"}
+    ).json()
+    (model,) = known["data"]
+    assert (model["id"], model["max_model_len"]) == ("small", 256)
+
+
+def test_the_pod_of_helm_test_asks_it(manifests: list[Manifest], server: ServerProcess) -> None:
+    server.wait_for("/readyz", 200)
+    (pod,) = of_kind(manifests, "Pod")
+    (service,) = of_kind(manifests, "Service")
+    (container,) = pod["spec"]["containers"]
+    host = f"{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
+    places = {host: server.url.removeprefix("http://"), "python3": sys.executable}
+    words = [word for key in ("command", "args") for word in container.get(key, [])]
+    variables = environment(container, places)
+    for entry in container["env"]:
+        if "valueFrom" in entry:
+            assert entry["valueFrom"]["secretKeyRef"] == {"name": "keys", "key": "api-key"}
+            variables[entry["name"]] = f"{KEY}\n"
+    done = subprocess.run(
+        moved(words, places),
+        capture_output=True,
+        text=True,
+        env=os.environ | variables | {"NO_PROXY": "127.0.0.1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
