@@ -1,5 +1,6 @@
 """The chart's alert rules: parsed, and tried on series that must fire them and that must not."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ FULL = scenario(CHART / "ci" / "full-values.yaml")
 PROMTOOL = shutil.which("promtool", path=str(Path(sys.executable).parent))
 POD = 'namespace="llm",pod="demo-sliceserve-5d9c7b-x2x4z"'
 MODEL = 'namespace="llm",model_name="llama-2-70b"'
+RESPONSES = "sliceserve_http_responses_total"
 BUCKET = "sliceserve_time_to_first_token_seconds_bucket"
 
 needs_promtool = pytest.mark.skipif(
@@ -32,12 +34,15 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     ),
     "SliceserveErrors": (
         {
-            f'http_requests_total{{{POD},status="5xx"}}': "0+6x2000",
-            f'http_requests_total{{{POD},status="2xx"}}': "0+60x2000",
+            f'{RESPONSES}{{{MODEL},route="/v1/completions",status="503"}}': "0+6x2000",
+            f'{RESPONSES}{{{MODEL},route="/v1/completions",status="200"}}': "0+60x2000",
+            # Probes and scrapes do not dilute it.
+            f'{RESPONSES}{{{MODEL},route="/metrics",status="200"}}': "0+6000x2000",
         },
         {
-            f'http_requests_total{{{POD},status="5xx"}}': "0+1x2000",
-            f'http_requests_total{{{POD},status="2xx"}}': "0+60x2000",
+            f'{RESPONSES}{{{MODEL},route="/v1/completions",status="503"}}': "0+1x2000",
+            f'{RESPONSES}{{{MODEL},route="/v1/completions",status="200"}}': "0+60x2000",
+            f'{RESPONSES}{{{MODEL},route="/readyz",status="503"}}': "0+6000x2000",
         },
     ),
     "SliceserveSlowFirstToken": (
@@ -106,6 +111,29 @@ def test_every_alert_says_what_to_do() -> None:
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"]["summary"]
         assert rule["annotations"]["runbook"]
+
+
+def test_pods_of_a_group_are_found_by_their_leader() -> None:
+    """Its pods are demo-sliceserve-0, the leader, and demo-sliceserve-0-1, a worker."""
+    values = scenario(CHART / "ci" / "nodes-values.yaml") | {
+        "monitoring": {"rules": {"enabled": True}}
+    }
+    (rule,) = of_kind(render(values), "PrometheusRule")
+    for spec, pods in (
+        (rules(), ["demo-sliceserve-5d9c7b-x2x4z"]),
+        (rule["spec"], ["demo-sliceserve-0", "demo-sliceserve-11"]),
+    ):
+        (group,) = spec["groups"]
+        (down,) = (
+            entry for entry in group["rules"] if entry.get("alert") == "SliceserveTargetDown"
+        )
+        pattern = re.search(r'pod=~"([^"]+)"', down["expr"])
+        assert pattern
+        assert all(re.fullmatch(pattern[1], pod) for pod in pods)
+        others = ["demo-sliceserve-slice-5d9c7b1234-x-y", "demo-sliceserve-test"]
+        assert not any(re.fullmatch(pattern[1], pod) for pod in others)
+    # The pattern of the last release, a group's.
+    assert not re.fullmatch(pattern[1], "demo-sliceserve-0-1")
 
 
 def test_every_expression_parses() -> None:

@@ -346,21 +346,26 @@ def test_the_chart_asks_for_series_that_the_server_exports(server: Server) -> No
         labels.setdefault(name, set()).update(label for label, _ in found)
     for name in sorted(wanted - recorded - {"up"}):
         assert name in labels, name
-        assert ("status" if name == "http_requests_total" else "model_name") in labels[name]
+        assert "model_name" in labels[name]
 
 
 @pytest.mark.parametrize("path", sorted(CHART.glob("ci/*-values.yaml")), ids=lambda path: path.name)
 def test_the_server_takes_the_command_of_a_rendered_pod(path: Path) -> None:
-    (deployment,) = of_kind(render(scenario(path)), "Deployment")
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    program, command, *rest = container["command"] + container["args"]
-    assert (program, command) == ("sliceserve", "serve")
+    manifests = render(scenario(path))
+    pods = [deployment["spec"]["template"] for deployment in of_kind(manifests, "Deployment")]
+    for group in of_kind(manifests, "LeaderWorkerSet"):
+        pods.append(group["spec"]["leaderWorkerTemplate"]["leaderTemplate"])
+    (pod,) = pods
+    (container,) = pod["spec"]["containers"]
+    *program, directory = container["command"]
+    assert "sliceserve serve" in " ".join(program)
+    rest = [directory, *container["args"]]
     args, settings = parse_arguments(make_parser(), rest)
     assert settings.insecure != bool(settings.api_key_file)
     confine(args, keyed=bool(settings.api_key_file), insecure=settings.insecure)
     (probe,) = {container[name]["timeoutSeconds"] for name in ("livenessProbe", "readinessProbe")}
     assert probe > settings.probe_timeout
-    grace = deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    grace = pod["spec"]["terminationGracePeriodSeconds"]
     waits = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert grace >= waits + settings.drain_timeout + 20
     assert args.host == "0.0.0.0"
