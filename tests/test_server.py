@@ -370,7 +370,7 @@ def test_the_server_takes_the_command_of_a_rendered_pod(path: Path) -> None:
     assert grace >= waits + settings.drain_timeout + 20
     assert args.host == "0.0.0.0"
     assert args.port == 8000
-    assert args.model == container["command"][2]
+    assert args.model == directory
     options = dict(word.lstrip("-").split("=") for word in container["args"] if "=" in word)
     assert args.tensor_parallel_size == int(options["tensor-parallel-size"])
     assert args.pipeline_parallel_size == int(options["pipeline-parallel-size"])
@@ -430,7 +430,9 @@ def test_a_real_prometheus_evaluates_the_charts_rules(
     assert result("up == 1") == 1
     before = result("sliceserve_generation_tokens_total")
     client.completions.create(model=server.model, prompt=PROMPT, **GREEDY)
-    assert result(f"sliceserve_generation_tokens_total > {before}") == before + 24
+    # A scrape may come while they are being written.
+    after = before + GREEDY["max_tokens"]
+    assert result(f"sliceserve_generation_tokens_total >= {after}") == after
     # No GPUs here, and tokens written.
     assert result("sliceserve:gpu_ms_per_token >= 0") == 0
     groups = answer_of(
