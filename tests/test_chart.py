@@ -409,3 +409,24 @@ def test_the_readme_is_up_to_date_and_says_what_every_value_is() -> None:
                 yield from leaves(value, here)
 
     assert set(leaves(yaml.safe_load((CHART / "values.yaml").read_text()), "")) == named
+
+
+def test_the_operators_page_names_values_and_options_that_exist() -> None:
+    """Every dotted value, also of --set, and every option."""
+    page = (REPOSITORY / "docs" / "operate.md").read_text()
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    tops = "|".join(values)
+    named = set(re.findall(rf"(?<=[`' ])((?:{tops})(?:\.[A-Za-z]+)+)(?=[=`])", page))
+    assert len(named) > 25
+    free = ("monitoring.labels.release", "slice.resources.limits.memory")
+    for name in named - set(free):
+        place: Any = values
+        for part in name.split("."):
+            assert part in place, name
+            place = place[part]
+    serve = {flag for action in make_parser()._actions for flag in action.option_strings}
+    texts = re.findall(r"server\.extraArgs=\{(--[a-z-]+)", page)
+    assert set(texts) <= serve
+    for flag in ("--max-requests", "--max-num-seqs", "--probe-timeout"):
+        assert flag in page
+        assert flag in serve
