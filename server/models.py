@@ -156,6 +156,8 @@ class SlicedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]  # vLLM is
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), shapes=self.shapes
         )
         widths = config.description.widths
+        self.head_width = widths[-1]
+        self.output_width = config.hidden_size if is_draft(vllm_config) else self.head_width
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
@@ -183,11 +185,15 @@ class SlicedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]  # vLLM is
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
-        """Run this stage of the model."""
-        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        """Run this stage of the model; a draft's output is padded to the dense hidden_size."""
+        output = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        if isinstance(output, IntermediateTensors) or self.output_width == self.head_width:
+            return output
+        return nn.functional.pad(output, (0, self.output_width - self.head_width))
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return the logits [tokens, vocab], gathered over the tensor-parallel ranks."""
+        hidden_states = hidden_states[..., : self.head_width]
         if self.config.tie_word_embeddings:
             hidden_states = self.head_map(hidden_states)
         bias = self.lm_head.bias if "lm_head.bias" in self.shapes else None
@@ -242,6 +248,17 @@ class SlicedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]  # vLLM is
                         name = f"{part.name}.{kind}"
                         found[rename(f"{layer}.{name}")] = (path, module, name)
         return found
+
+
+def is_draft(vllm_config: VllmConfig) -> bool:
+    """Whether the model drafts tokens for another one.
+
+    vLLM copies what a draft model returns into a buffer as wide as its hidden_size.
+    """
+    speculative: Any = vllm_config.speculative_config
+    if speculative is None or not speculative.uses_draft_model():
+        return False
+    return speculative.draft_model_config is vllm_config.model_config
 
 
 def rename(name: str) -> str:
