@@ -86,7 +86,7 @@ def make_adapter(sliced: Path) -> tuple[Path, Path]:
     targets = adapted_linears(architecture)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(5)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.data = 0.15 * torch.randn(parameter.shape, generator=generator)
@@ -100,7 +100,7 @@ def make_adapter(sliced: Path) -> tuple[Path, Path]:
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path, Path]]:
     """Sliced models, adapters of them, and the two merged."""
     models = {}
-    for name, form in (("llama-tied", "low-rank"), ("opt", "whole")):
+    for name, form in (("llama-tied", "low-rank"), ("opt", "whole"), ("phi3", "shared")):
         work = tmp_path_factory.mktemp(name)
         dense = save_tiny(work / "dense", OTHER_CONFIGS[name], torch.float32)
         sliced = slice_tiny(dense, "sliced", **FORMS[form])
@@ -111,7 +111,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, P
 @pytest.mark.parametrize(
     ("names", "options"),
     [
-        pytest.param(["llama-tied", "opt"], EAGER, id="eager"),
+        pytest.param(["llama-tied", "opt", "phi3"], EAGER, id="eager"),
         pytest.param(["llama-tied"], {"tensor_parallel_size": 2}, id="tp2-compiled"),
     ],
 )
