@@ -8,8 +8,11 @@ import torch
 from conftest import OTHER_CONFIGS, save_tiny
 from peft import LoraConfig, get_peft_model
 from test_vllm import EAGER, TOLERANCE, greedy, read_results, run_script
+from transformers import AutoModelForCausalLM
 
+from sliceserve.server.serve import main
 from sliceserve.slicing.architectures import find_architecture
+from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.finetune import adapted_linears
 from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.modeling import SlicedForCausalLM
@@ -77,6 +80,27 @@ def test_prefixes_chunks_and_drafts_change_no_token(forms: dict[str, Path]) -> N
             assert counters["vllm:prefix_cache_hits"] > 0, name
             # The model's own drafts are its tokens.
             assert counters[ACCEPTED] == counters[DRAFTED], name
+
+
+def save_adapter(base: Path, directory: Path, targets: list[str]) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(r=4, target_modules=targets)).save_pretrained(directory)
+    return directory
+
+
+def test_adapters_of_another_width_or_place_are_refused(
+    forms: dict[str, Path], tmp_path: Path
+) -> None:
+    """Before there is an engine, in one sentence."""
+    dense, sliced = forms["dense"], forms["low-rank"]
+    refused = [
+        (save_adapter(dense, tmp_path / "of-dense", ["q_proj"]), "is for 96 columns .* has 64"),
+        (save_adapter(sliced, tmp_path / "rotation", ["down"]), "rotations cannot have adapters"),
+        (save_adapter(sliced, tmp_path / "head", ["head_map"]), "only linears of the layers"),
+    ]
+    for adapter, message in refused:
+        with pytest.raises(UserError, match=message):
+            main([str(forms["low-rank"]), "--enable-lora", "--lora-modules", f"mine={adapter}"])
 
 
 def make_adapter(sliced: Path) -> tuple[Path, Path]:
