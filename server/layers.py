@@ -1,8 +1,10 @@
-"""Decoder layers of a quantised sliced model in vLLM: its own linears, and rotations beside them.
+"""Decoder layers of a quantised sliced model, or one with LoRA, in vLLM.
+
+Their linears are vLLM's own, and rotations stand beside them.
 
 Every sublayer moves the stream by x ← x·S + Σ branch(norm(x)); widths may change at each.
 Under tensor parallelism rotations are replicated: they need no communication of their own.
-Layers that are not quantised are those of `sliceserve.server.fused`.
+Other layers are those of `sliceserve.server.fused`.
 """
 
 from typing import Any
@@ -13,7 +15,6 @@ from vllm.model_executor.layers.activation import get_act_fn
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
-    ReplicatedLinear,
     RowParallelLinear,
 )
 from vllm.model_executor.models.llama import LlamaAttention, LlamaMLP
@@ -184,8 +185,7 @@ class SlicedDecoderLayer(nn.Module):
             self.add_module(sublayer.norm, sliced_norm(width, config.hidden_size, eps))
             for path in (path for branch in sublayer.branches for path in branch):
                 add_module(self, path, builder.build(path, sublayer))
-            path = f"{prefix}.residual_rotation.{len(rotations)}"
-            rotations.append(make_rotation(width, next_width, rank, path))
+            rotations.append(make_rotation(width, next_width, rank))
         self.residual_rotation = nn.ModuleList(rotations)
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
@@ -221,10 +221,10 @@ def add_module(layer: nn.Module, path: str, module: nn.Module) -> None:
 class LowRankRotation(nn.Module):
     """A rotation that turns few directions, x·S = x + (x·A)·B."""
 
-    def __init__(self, width: int, rank: int, prefix: str) -> None:
+    def __init__(self, width: int, rank: int) -> None:
         super().__init__()
-        self.down = plain_linear(width, rank, f"{prefix}.down")
-        self.up = plain_linear(rank, width, f"{prefix}.up")
+        self.down = plain_linear(width, rank)
+        self.up = plain_linear(rank, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate the stream: [tokens, width] to [tokens, width]."""
@@ -232,19 +232,20 @@ class LowRankRotation(nn.Module):
         return rotated
 
 
-def make_rotation(width: int, next_width: int, rank: int | None, prefix: str) -> nn.Module:
+def make_rotation(width: int, next_width: int, rank: int | None) -> nn.Module:
     """Make the rotation between two places: a matrix, a low-rank update, or (rank 0) nothing."""
     if rank is None:
-        return plain_linear(width, next_width, prefix)
-    return LowRankRotation(width, rank, prefix) if rank else nn.Identity()
+        return plain_linear(width, next_width)
+    return LowRankRotation(width, rank) if rank else nn.Identity()
 
 
-def plain_linear(in_width: int, out_width: int, prefix: str) -> nn.Module:
-    """Make a linear [out_width, in_width] without bias, the same on all ranks, never quantised."""
-    linear: nn.Module = ReplicatedLinear(
-        in_width, out_width, bias=False, return_bias=False, prefix=prefix
-    )
-    return linear
+def plain_linear(in_width: int, out_width: int) -> nn.Linear:
+    """Make a linear [out_width, in_width] without bias, the same on all ranks.
+
+    Not one of vLLM's: those are quantised, and LoRA wraps them, which before the head it must not:
+    there are fewer rows there than tokens in the batch.
+    """
+    return nn.Linear(in_width, out_width, bias=False)
 
 
 def sliced_norm(width: int, hidden_size: int, eps: float) -> RMSNorm:

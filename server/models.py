@@ -15,9 +15,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
-from vllm.model_executor.models.interfaces import SupportsPP
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP
 from vllm.model_executor.models.utils import (
     PPMissingLayer,
+    WeightsMapper,
     is_pp_missing_parameter,
     make_layers,
     maybe_prefix,
@@ -29,7 +30,7 @@ from sliceserve.server.joined import JoinedLinear
 from sliceserve.server.layers import Shapes, SlicedDecoderLayer, plain_linear, sliced_norm
 from sliceserve.slicing.architectures import find_architecture
 from sliceserve.slicing.checkpoint import stored_shapes
-from sliceserve.slicing.modeling import HEAD_MAP, expected_shapes
+from sliceserve.slicing.modeling import expected_shapes
 from sliceserve.slicing.weights import compare_shapes
 
 # Checkpoints carry the base model's names; vLLM's modules have one name for all architectures.
@@ -76,8 +77,8 @@ class SlicedModel(nn.Module):
             index = int(prefix.rsplit(".", 1)[1])
             start, end = index * step, (index + 1) * step
             around, between = widths[start : end + 1], slicing.ranks[start:end]
-            # Quantised linears keep to vLLM's own classes, one for each matrix of the checkpoint.
-            fused = vllm_config.quant_config is None
+            # Quantised linears, and those that LoRA wraps, keep to vLLM's own classes.
+            fused = vllm_config.quant_config is None and vllm_config.lora_config is None
             kind = FusedDecoderLayer if fused else SlicedDecoderLayer
             return kind(vllm_config, architecture, around, between, shapes, prefix)
 
@@ -127,9 +128,13 @@ class SlicedModel(nn.Module):
         return self.norm(hidden_states)
 
 
-class SlicedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]  # vLLM is untyped here
-    """A sliced decoder language model with its head; vLLM runs it."""
+class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[misc]  # vLLM is untyped here
+    """A sliced decoder language model with its head; vLLM runs it.
 
+    LoRA adapters may adapt every linear of a layer, but neither rotations nor the head.
+    """
+
+    hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr=RENAMED)  # of adapters' names
     packed_modules_mapping = {  # noqa: RUF012 - vLLM reads a plain dict
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
@@ -152,10 +157,17 @@ class SlicedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]  # vLLM is
         config = model_config.hf_config
         self.config = config
         self.shapes, self.stored = expected_shapes(config), stored_shapes(config)
+        # A matrix that is one in the checkpoint too has one adapter.
+        self.packed_modules_mapping = {
+            whole: [whole] if any(f".{whole}." in name for name in self.shapes) else parts
+            for whole, parts in self.packed_modules_mapping.items()
+        }
         self.model = SlicedModel(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), shapes=self.shapes
         )
         widths = config.description.widths
+        self.head_width = widths[-1]
+        self.output_width = config.hidden_size if is_draft(vllm_config) else self.head_width
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
@@ -167,7 +179,7 @@ class SlicedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]  # vLLM is
             )
             if config.tie_word_embeddings:
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
-                self.head_map = plain_linear(widths[-1], widths[0], HEAD_MAP)
+                self.head_map = plain_linear(widths[-1], widths[0])
         else:
             self.lm_head, self.head_map = PPMissingLayer(), PPMissingLayer()
         self.logits_processor = LogitsProcessor(config.vocab_size)
@@ -183,11 +195,15 @@ class SlicedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]  # vLLM is
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
-        """Run this stage of the model."""
-        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        """Run this stage of the model; a draft's output is padded to the dense hidden_size."""
+        output = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        if isinstance(output, IntermediateTensors) or self.output_width == self.head_width:
+            return output
+        return nn.functional.pad(output, (0, self.output_width - self.head_width))
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return the logits [tokens, vocab], gathered over the tensor-parallel ranks."""
+        hidden_states = hidden_states[..., : self.head_width]
         if self.config.tie_word_embeddings:
             hidden_states = self.head_map(hidden_states)
         bias = self.lm_head.bias if "lm_head.bias" in self.shapes else None
@@ -242,6 +258,17 @@ class SlicedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]  # vLLM is
                         name = f"{part.name}.{kind}"
                         found[rename(f"{layer}.{name}")] = (path, module, name)
         return found
+
+
+def is_draft(vllm_config: VllmConfig) -> bool:
+    """Whether the model drafts tokens for another one.
+
+    vLLM copies what a draft model returns into a buffer as wide as its hidden_size.
+    """
+    speculative: Any = vllm_config.speculative_config
+    if speculative is None or not speculative.uses_draft_model():
+        return False
+    return speculative.draft_model_config is vllm_config.model_config
 
 
 def rename(name: str) -> str:

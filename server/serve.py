@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pydantic import ValidationError
 
 from sliceserve.server import vllm_compat
+from sliceserve.server.adapters import check_adapter
 from sliceserve.server.settings import (
     add_options,
     as_json,
@@ -58,6 +59,8 @@ def main(argv: list[str]) -> int:
         print(as_json(settings, args, parser.get_default))
         return 0
     summary = read_checkpoint_summary(Path(args.model))
+    for module in args.lora_modules or ():
+        check_adapter(module.name, Path(module.path), Path(args.model))
     with _user_errors():
         vllm_compat.configure_logging(args)
         vllm_compat.validate_serve_args(args)

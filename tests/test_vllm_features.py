@@ -1,0 +1,152 @@
+"""What vLLM offers beside plain generation, on sliced models: the tokens must stay the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import OTHER_CONFIGS, save_tiny
+from peft import LoraConfig, get_peft_model
+from test_vllm import EAGER, TOLERANCE, greedy, read_results, run_script
+from transformers import AutoModelForCausalLM
+
+from sliceserve.server.serve import main
+from sliceserve.slicing.architectures import find_architecture
+from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.finetune import adapted_linears
+from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
+from sliceserve.slicing.modeling import SlicedForCausalLM
+
+PROMPTS = [[1, 2, 3, 4, 5] * 8, [200, 7, 99], list(range(40))]
+TOKENS = 12
+FORMS: dict[str, dict[str, Any]] = {
+    "whole": PAPER,
+    "low-rank": {"rank": 4},
+    "shared": {"rotation": "shared"},
+}
+ACCEPTED = "vllm:spec_decode_num_accepted_tokens"
+DRAFTED = "vllm:spec_decode_num_draft_tokens"
+
+
+def slice_tiny(dense: Path, name: str, **options: Any) -> Path:
+    output = dense.with_name(name)
+    common = {"fraction": 0.3, "samples": 8, "sequence_length": 64}
+    run_slice(SliceOptions(str(dense), output, **(common | options)), show_progress=False)
+    return output
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny dense model, and sliced with every form of rotations."""
+    work = tmp_path_factory.mktemp("forms")
+    dense = save_tiny(work / "dense", OTHER_CONFIGS["llama-tied"], torch.float32)
+    sliced = {name: slice_tiny(dense, name, **options) for name, options in FORMS.items()}
+    return {"dense": dense} | sliced
+
+
+def run_each(runs: list[tuple[Path, dict[str, Any]]], options: dict[str, Any]) -> list[Any]:
+    request = {"prompts": PROMPTS, "tokens": TOKENS, "runs": [run for _, run in runs]}
+    directories = [directory for directory, _ in runs]
+    return read_results(run_script("vllm_features.py", directories, request, options), len(runs))
+
+
+def check(outputs: list[dict[str, Any]], expected: list[dict[str, Any]], run: Any) -> None:
+    for ours, theirs in zip(outputs, expected, strict=True):
+        assert ours["tokens"] == theirs["tokens"], run
+        assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=TOLERANCE), run
+
+
+def test_prefixes_chunks_and_drafts_change_no_token(forms: dict[str, Path]) -> None:
+    repeated = {"enable_prefix_caching": True, "block_size": 32, "max_num_batched_tokens": 16}
+
+    def drafted_by(name: str) -> dict[str, Any]:
+        draft = {"method": "draft_model", "model": str(forms[name]), "num_speculative_tokens": 3}
+        return {"speculative_config": draft}
+
+    lookup = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
+    runs = [
+        *((name, {"options": repeated | drafted_by(name), "rounds": 2}) for name in FORMS),
+        ("dense", {"options": drafted_by("low-rank")}),
+        # The last one: vLLM on a CPU starts no other engine in a process that has imported Numba.
+        ("low-rank", {"options": {"speculative_config": lookup}}),
+    ]
+    results = run_each([(forms[name], run) for name, run in runs], EAGER)
+    expected = {name: greedy(forms[name], PROMPTS, TOKENS) for name in forms}
+    for (name, run), result in zip(runs, results, strict=True):
+        check(result["outputs"], expected[name], name)
+        counters = result["counters"]
+        assert counters[DRAFTED] > 0
+        if "rounds" in run:
+            assert counters["vllm:prefix_cache_hits"] > 0, name
+            # The model's own drafts are its tokens.
+            assert counters[ACCEPTED] == counters[DRAFTED], name
+
+
+def save_adapter(base: Path, directory: Path, targets: list[str]) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(r=4, target_modules=targets)).save_pretrained(directory)
+    return directory
+
+
+def test_adapters_of_another_width_or_place_are_refused(
+    forms: dict[str, Path], tmp_path: Path
+) -> None:
+    """Before there is an engine, in one sentence."""
+    dense, sliced = forms["dense"], forms["low-rank"]
+    refused = [
+        (save_adapter(dense, tmp_path / "of-dense", ["q_proj"]), "is for 96 columns .* has 64"),
+        (save_adapter(sliced, tmp_path / "rotation", ["down"]), "rotations cannot have adapters"),
+        (save_adapter(sliced, tmp_path / "head", ["head_map"]), "only linears of the layers"),
+    ]
+    for adapter, message in refused:
+        with pytest.raises(UserError, match=message):
+            main([str(forms["low-rank"]), "--enable-lora", "--lora-modules", f"mine={adapter}"])
+
+
+def make_adapter(sliced: Path) -> tuple[Path, Path]:
+    """Make a random adapter of a sliced model with peft, and the model with it merged."""
+    model: Any = SlicedForCausalLM.from_pretrained(sliced)
+    architecture = find_architecture(model.config.description.architecture)
+    targets = adapted_linears(architecture)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.15 * torch.randn(parameter.shape, generator=generator)
+    adapter, merged = sliced.with_name("adapter"), sliced.with_name("merged")
+    adapted.save_pretrained(adapter)
+    adapted.merge_and_unload().save_pretrained(merged)
+    return adapter, merged
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path, Path]]:
+    """Sliced models, adapters of them, and the two merged."""
+    models = {}
+    for name, form in (("llama-tied", "low-rank"), ("opt", "whole"), ("phi3", "shared")):
+        work = tmp_path_factory.mktemp(name)
+        dense = save_tiny(work / "dense", OTHER_CONFIGS[name], torch.float32)
+        sliced = slice_tiny(dense, "sliced", **FORMS[form])
+        models[name] = (sliced, *make_adapter(sliced))
+    return models
+
+
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        pytest.param(["llama-tied", "opt", "phi3"], EAGER, id="eager"),
+        pytest.param(["llama-tied"], {"tensor_parallel_size": 2}, id="tp2-compiled"),
+    ],
+)
+def test_adapters_give_the_tokens_of_merged_weights(
+    names: list[str], options: dict[str, Any], adapted: dict[str, tuple[Path, Path, Path]]
+) -> None:
+    """Requests with and without the adapter share a batch."""
+    lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
+    runs = [(adapted[name][0], {"adapters": [None, str(adapted[name][1])]}) for name in names]
+    for name, result in zip(names, run_each(runs, options | lora), strict=True):
+        sliced, _, merged = adapted[name]
+        plain, changed = (greedy(model, PROMPTS, TOKENS) for model in (sliced, merged))
+        assert plain[0]["tokens"] != changed[0]["tokens"]
+        check(result["outputs"], plain + changed, name)
