@@ -12,9 +12,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from sliceserve.server import vllm_compat
 from sliceserve.server.admission import Admission, Limits
+from sliceserve.server.arguments import Arguments
 from sliceserve.server.auth import Auth, KeyRing
-from sliceserve.server.counting import Counting
 from sliceserve.server.drain import METRICS, Drain
+from sliceserve.server.exchange import Exchange, Watch
 from sliceserve.server.health import LIVEZ, READYZ, EngineProbe, Health, Lifecycle, Phase
 from sliceserve.server.life import run_until_signal
 from sliceserve.server.listener import listening, make_listener
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 # vLLM's logging configuration, which its options and variables change, covers only this subtree.
 _logger = init_logger("vllm.sliceserve")
+
+OWN_PATHS = frozenset({LIVEZ, READYZ, METRICS})
 
 
 class Engine(AsyncLLM):  # type: ignore[misc]
@@ -114,7 +117,7 @@ def guarded(
 def known_paths(app: FastAPI) -> frozenset[str]:
     """Return the paths of the application's routes and of ours."""
     paths = (getattr(route, "path", None) for route in app.routes)
-    return frozenset({LIVEZ, READYZ, METRICS, *filter(None, paths)})
+    return OWN_PATHS | frozenset(filter(None, paths))
 
 
 async def still_starting(scope: Scope, receive: Receive, send: Send) -> None:
@@ -128,13 +131,15 @@ async def serve(
     settings: ServerSettings,
     summary: CheckpointSummary,
     access: Access,
+    log: Callable[[Exchange], None],
     address: str,
     bound: socket.socket,
 ) -> int:
     """Serve on the bound socket until a signal; returns 0, or 1 if the engine failed."""
     lifecycle = Lifecycle()
+    starting = guarded(still_starting, access, lifecycle)
     with ExitStack() as cleanup:
-        with listening(guarded(still_starting, access, lifecycle), args, bound):
+        with listening(Watch(starting, OWN_PATHS, log), args, bound):
             lifecycle.enter(Phase.STARTING, "loading the model")
             try:
                 metrics = create_metrics(vllm_config, summary)
@@ -149,11 +154,11 @@ async def serve(
             app = await create_app(engine, args)
         probe = EngineProbe(engine.answer, settings.probe_timeout)
         limits = Limits(settings.max_requests, settings.max_body_size, settings.body_timeout)
-        admission = Admission(app, limits)
+        admission = Admission(Arguments(app), limits)
         drain = Drain(admission, lifecycle)
         serving = guarded(drain, access, lifecycle, probe, lambda: admission.full)
-        counting = Counting(serving, known_paths(app), metrics.count_response)
-        listener = make_listener(counting, args)
+        watch = Watch(serving, known_paths(app), metrics.count_response, log)
+        listener = make_listener(watch, args)
         app.state.server = listener  # vLLM's handlers of a dead engine's errors stop it
         _logger.info("Serving %s on %s", ", ".join(args.served_model_name), address)
         lifecycle.enter(Phase.SERVING, "answering requests")

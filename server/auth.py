@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
 
+from sliceserve.server.exchange import exchange_of
 from sliceserve.server.responses import error_response
 from sliceserve.slicing.errors import UserError
 
@@ -109,6 +110,8 @@ class Auth:
             return
         scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and self._keys.accepts(token.strip()):
+            if (exchange := exchange_of(scope)) is not None:
+                exchange.key = key_name(token.strip())
             await self.app(scope, receive, send)
             return
         challenge = 'Bearer realm="sliceserve"'
@@ -134,6 +137,11 @@ class Auth:
             and "origin" in headers
             and "access-control-request-method" in headers
         )
+
+
+def key_name(key: str) -> str:
+    """Return what a key is called in logs: the first 8 digits of its SHA-256."""
+    return _digest(key).hex()[:8]
 
 
 def _digest(key: str) -> bytes:

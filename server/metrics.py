@@ -14,6 +14,8 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
+    from sliceserve.server.exchange import Exchange
+
 # The bucket bounds that OpenTelemetry's GenAI conventions recommend for
 # gen_ai.server.request.duration, time_to_first_token and time_per_output_token.
 # fmt: off
@@ -98,9 +100,10 @@ class ServerMetrics:
         self._parameters.labels(self._model_name, "dense").set(dense)
         self._parameters.labels(self._model_name, "sliced").set(sliced)
 
-    def count_response(self, route: str, status: str) -> None:
+    def count_response(self, exchange: Exchange) -> None:
         """Add one HTTP request that is over."""
-        self._http_responses.labels(self._model_name, route, status).inc()
+        status = "disconnected" if exchange.disconnected else str(exchange.status)
+        self._http_responses.labels(self._model_name, exchange.route, status).inc()
 
     def observe(self, stats: Any) -> None:
         """Add one engine step's ``IterationStats``."""

@@ -68,16 +68,20 @@ def main(argv: list[str]) -> int:
     # These need vLLM, whose absence is reported above.
     import uvloop
 
+    from sliceserve.server.access_log import OFF, open_access_log
     from sliceserve.server.app import access_of, serve
 
     access = access_of(settings, args)
+    log = open_access_log(settings.access_log)
+    args.disable_uvicorn_access_log |= settings.access_log != OFF
     confine(args, keyed=bool(access.keys), insecure=settings.insecure)
     address, bound = _bind(args)
     with contextlib.closing(bound):
         vllm_config = _engine_config(args)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _stop)
-        return int(uvloop.run(serve(vllm_config, args, settings, summary, access, address, bound)))
+        served = serve(vllm_config, args, settings, summary, access, log, address, bound)
+        return int(uvloop.run(served))
 
 
 def make_parser() -> Any:

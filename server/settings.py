@@ -46,6 +46,11 @@ class ServerSettings(BaseSettings):
         False, description="Serve without a key on an address that other machines reach."
     )
     metrics_public: bool = Field(False, description="Leave /metrics open to those without a key.")
+    access_log: str = Field(
+        "stdout",
+        min_length=1,
+        description="Where a line of JSON a request goes: stdout, stderr, off, or a file.",
+    )
     drain_timeout: float = Field(
         30.0,
         ge=0,

@@ -1,5 +1,7 @@
 """The whole server: starting, serving with keys, hung, draining, its engine killed."""
 
+import hashlib
+import json
 import os
 import signal
 import socket
@@ -182,6 +184,24 @@ def test_a_client_that_leaves_frees_the_engine(server: ServerProcess) -> None:
     assert sample(server, "vllm:generation_tokens_total") - before < 3 * 500
 
 
+def test_a_request_id_comes_back_and_names_the_answer(server: ServerProcess) -> None:
+    body = {"model": "sliced", "prompt": "hi", "max_tokens": 3, "ignore_eos": True}
+    for key, status in ((FIXED_KEY, 200), ("wrong", 401)):
+        answer = httpx.post(
+            f"{server.url}/v1/completions",
+            json=body,
+            headers={"Authorization": f"Bearer {key}", "X-Request-ID": f"mine-{status}"},
+            timeout=60,
+        )
+        assert answer.status_code == status
+        assert answer.headers.get_list("x-request-id") == [f"mine-{status}"]
+        if status == 200:
+            assert answer.json()["id"] == "cmpl-mine-200"
+            assert answer.json()["usage"]["completion_tokens"] == 3
+    made = {get(server, path, FIXED_KEY).headers["x-request-id"] for path in ("/livez", "/health")}
+    assert len(made) == 2
+
+
 def test_a_huge_body_is_refused(server: ServerProcess) -> None:
     answer = httpx.post(
         f"{server.url}/v1/completions",
@@ -221,6 +241,29 @@ def test_sigterm_drains_and_ends_with_0(server: ServerProcess) -> None:
     assert 'route="/v1/completions",status="disconnected"' in metrics
     assert server.process.wait(STOP_SECONDS) == 0, server.log.read_text()
     wait_until_gone(server.process.pid)
+
+
+def test_every_request_has_a_line_in_the_log(server: ServerProcess) -> None:
+    text = server.log.read_text().splitlines()
+    lines = [json.loads(line) for line in text if line.startswith('{"time"')]
+    found = {(line["route"], line["status"], line["disconnected"]) for line in lines}
+    assert found >= {
+        ("/readyz", 503, False),
+        ("/v1/models", 200, False),
+        ("/v1/models", 401, False),
+        ("/v1/models", 503, False),
+        ("/v1/completions", 413, False),
+        ("/v1/completions", 200, True),
+    }
+    by_id = {line["id"]: line for line in lines}
+    assert len(by_id) == len(lines)
+    (named, refused) = (by_id[f"mine-{status}"] for status in (200, 401))
+    assert named["key"] == hashlib.sha256(FIXED_KEY.encode()).hexdigest()[:8]
+    assert (named["model"], named["generation_tokens"]) == ("sliced", 3)
+    assert refused["key"] is refused["model"] is refused["generation_tokens"] is None
+    (drained,) = [line for line in lines if line["generation_tokens"] == 400]
+    assert drained["prompt_tokens"] == named["prompt_tokens"] > 0
+    assert 0 < drained["first_byte_seconds"] < drained["seconds"]
 
 
 def test_no_key_was_ever_logged(server: ServerProcess) -> None:

@@ -1,0 +1,142 @@
+"""Watches every request and its answer, those that our own layers refuse included."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers, MutableHeaders
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+OTHER_ROUTE = "other"
+REQUEST_ID = "X-Request-ID"
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_SCOPE_KEY = "sliceserve.exchange"
+
+
+@dataclass
+class Exchange:
+    """A request and its answer, filled in by the layers that it passes.
+
+    Attributes:
+        id: the client's `X-Request-ID`, or one that was made.
+        method: the HTTP method.
+        time: of arrival, in seconds since 1970.
+        route: the template of the route, or `OTHER_ROUTE`.
+        key: the name of the key that opened the server, never the key.
+        model: what the client asked for, as it is.
+        status: None if no answer began.
+        disconnected: the client left before the end of the answer.
+        prompt_tokens: None where vLLM does not say.
+        generation_tokens: the same.
+        seconds: from arrival to the end.
+        first_byte_seconds: from arrival to the first byte of the answer's body.
+
+    """
+
+    id: str
+    method: str
+    time: float
+    route: str = OTHER_ROUTE
+    key: str | None = None
+    model: str | None = None
+    status: int | None = None
+    disconnected: bool = False
+    prompt_tokens: int | None = None
+    generation_tokens: int | None = None
+    seconds: float = 0.0
+    first_byte_seconds: float | None = None
+
+
+def exchange_of(scope: Scope) -> Exchange | None:
+    """Return the exchange that a layer within `Watch` may fill in."""
+    found: Exchange | None = scope.get(_SCOPE_KEY)
+    return found
+
+
+class Watch:
+    """Outermost ASGI layer: names each HTTP request, and reports it once it is over.
+
+    The name replaces the request's header, from which vLLM makes the ids of its requests, and is
+    a header of the answer.
+    """
+
+    def __init__(
+        self, app: ASGIApp, routes: frozenset[str], *report: Callable[[Exchange], None]
+    ) -> None:
+        """Wrap the application.
+
+        Args:
+            app: what answers.
+            routes: the templates that are reported as they are; all others are `OTHER_ROUTE`, so
+                that clients cannot invent series.
+            report: each takes the exchange.
+
+        """
+        self.app, self._routes, self._report = app, routes, report
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on and report it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = Exchange(_request_id(scope), scope["method"], time.time())
+        inner = {**scope, "state": dict(scope.get("state", {})), _SCOPE_KEY: exchange}
+        MutableHeaders(scope=inner)[REQUEST_ID] = exchange.id
+        began = time.monotonic()
+        ended = False
+
+        async def watched_receive() -> Message:
+            message = await receive()
+            # After the end of an answer this comes for every request.
+            if message["type"] == "http.disconnect" and not ended:
+                exchange.disconnected = True
+            return message
+
+        async def watched_send(message: Message) -> None:
+            nonlocal ended
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                message.setdefault("headers", [])
+                MutableHeaders(scope=message)[REQUEST_ID] = exchange.id
+            elif message["type"] == "http.response.body":
+                if exchange.first_byte_seconds is None:
+                    exchange.first_byte_seconds = time.monotonic() - began
+                ended = not message.get("more_body", False)
+            await send(message)
+
+        try:
+            await self.app(inner, watched_receive, watched_send)
+        finally:
+            if exchange.status is None and not exchange.disconnected:
+                exchange.status = 500  # what the HTTP server answers to an exception
+            exchange.seconds = time.monotonic() - began
+            exchange.route = self._route(inner)
+            _take_usage(exchange, inner)
+            for report in self._report:
+                report(exchange)
+
+    def _route(self, scope: Scope) -> str:
+        # Set by the router, where the request came so far.
+        path = getattr(scope.get("route"), "path", scope["path"])
+        return path if path in self._routes else OTHER_ROUTE
+
+
+def _request_id(scope: Scope) -> str:
+    given = Headers(scope=scope).get(REQUEST_ID, "")
+    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _take_usage(exchange: Exchange, scope: Scope) -> None:
+    """Take what vLLM's routes leave in the state of a request once they have its tokens."""
+    usage = getattr(scope["state"].get("request_metadata"), "final_usage_info", None)
+    if usage is not None:
+        exchange.prompt_tokens = usage.prompt_tokens
+        exchange.generation_tokens = usage.completion_tokens
