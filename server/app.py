@@ -17,6 +17,7 @@ from sliceserve.server.auth import Auth, KeyRing
 from sliceserve.server.drain import METRICS, Drain
 from sliceserve.server.exchange import Exchange, Watch
 from sliceserve.server.health import LIVEZ, READYZ, EngineProbe, Health, Lifecycle, Phase
+from sliceserve.server.introspection import show_facts, sliced_facts
 from sliceserve.server.life import run_until_signal
 from sliceserve.server.listener import listening, make_listener
 from sliceserve.server.metrics import ServerMetrics
@@ -51,12 +52,15 @@ class Engine(AsyncLLM):  # type: ignore[misc]
         await self.is_sleeping()
 
 
-async def create_app(engine_client: Any, args: argparse.Namespace) -> FastAPI:
+async def create_app(
+    engine_client: Any, args: argparse.Namespace, summary: CheckpointSummary
+) -> FastAPI:
     """Return the application with vLLM's OpenAI, health and metrics routes on this engine."""
     supported_tasks = await engine_client.get_supported_tasks()
     app = vllm_compat.build_app(args, supported_tasks, engine_client.model_config)
     app.title = "sliceserve"
     await vllm_compat.init_app_state(engine_client, app.state, args, supported_tasks)
+    show_facts(app, sliced_facts(summary))
     return app
 
 
@@ -151,7 +155,7 @@ async def serve(
             cleanup.callback(engine.shutdown, timeout=0)
             lifecycle.enter(Phase.STARTING, "opening the routes")
             await engine.reset_mm_cache()
-            app = await create_app(engine, args)
+            app = await create_app(engine, args, summary)
         probe = EngineProbe(engine.answer, settings.probe_timeout)
         limits = Limits(settings.max_requests, settings.max_body_size, settings.body_timeout)
         admission = Admission(Arguments(app), limits)

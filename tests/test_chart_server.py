@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from helm_render import CHART, Manifest, of_kind, render, scenario
+from safetensors.torch import load_file
 from server_process import ServerProcess, free_port, started
 
 KEY = "key-of-alice"
@@ -82,6 +84,22 @@ def test_the_rendered_server_wants_the_key_of_the_secret(server: ServerProcess) 
     ).json()
     (model,) = known["data"]
     assert (model["id"], model["max_model_len"]) == ("small", 256)
+
+
+def test_the_model_says_what_was_sliced(server: ServerProcess, tiny_sliced: Path) -> None:
+    server.wait_for("/readyz", 200)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY)
+    (model,) = client.models.list().data
+    facts = model.model_dump()["sliceserve"]
+    files = map(load_file, tiny_sliced.glob("*.safetensors"))
+    stored = [tensor for file in files for tensor in file.values()]
+    assert facts["parameters"] == sum(tensor.numel() for tensor in stored)
+    # 96 columns became 64; the paper's rotations are whole, two of each of three layers.
+    assert (facts["width"], facts["hidden_size"], facts["fraction"]) == (64, 96, 0.3333)
+    assert facts["rotations"] == "6 whole matrices"
+    assert facts["ratio"] == round(facts["parameters"] / facts["dense_parameters"], 4)
+    assert facts["source"] == "dense", "and not where it was"
+    assert len(facts["source_sha256"]) == 64
 
 
 def test_the_pod_of_helm_test_asks_it(manifests: list[Manifest], server: ServerProcess) -> None:
