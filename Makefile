@@ -16,10 +16,10 @@ help:
 
 install: $(VENV)/.installed
 
+# docker-compose is taken for the schema of compose files in it; what it depends on is not needed.
 $(VENV)/.installed: pyproject.toml deploy/make-venv deploy/get-prometheus
 	deploy/make-venv $(VENV) -e ".[cpu,test]"
 	deploy/get-prometheus $(BIN)
-	# For the schema of compose files in it; its dependencies are not needed.
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(VENV)/compose docker-compose==1.29.2
 	@touch $@
 

@@ -207,9 +207,9 @@ def main() -> None:
                 with kept.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 bar.update()
-        except Exception:
+        finally:
+            # Leaving the pool would run what is waiting, also after an error or an interrupt.
             pool.shutdown(cancel_futures=True)
-            raise
     order = [DENSE, *forms]
     rows = [found[pair] for pair in sorted(wanted, key=lambda pair: order.index(pair[0]))]
     names = [Path(text).stem for text in settings.text]

@@ -134,7 +134,7 @@ def count_parameters(model: str) -> int:
     """
     location = locate(model)
     if location.gguf_file:
-        raise UserError(f"MODEL {model!r} is a GGUF file, which is not measured: slice it first")
+        raise UserError(f"MODEL_OR_DIR {model!r} is a GGUF file, which is not measured")
     config = location.directory / "config.json"
     if config.is_file() and read_json_object(config).get("model_type") == MODEL_TYPE:
         return read_checkpoint_summary(location.directory).sliced_parameters

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -115,8 +116,10 @@ class Survey:
             kept = load_file(part_path(self.progress.directory, 2 * count))
             return kept["basis"].to(device), kept["values"]
         number = count if place == self.last else 2 * count - place // self.step
-        kept = load_file(part_path(self.progress.directory, number))
-        own, total = kept[f"weight.{place}"].to(device), self._total
+        # A part holds the weights of other places too, hidden_size² numbers each.
+        with safe_open(part_path(self.progress.directory, number), "pt") as part:
+            own = part.get_tensor(f"weight.{place}").to(device)
+        total = self._total
         weight = (1 - COMMON) * own / own.trace() + COMMON * total / total.trace()
         basis, values = principal_basis(weight, width, self.layers.centred)
         self.layers.warn_of_rank(values, width, place)

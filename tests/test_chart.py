@@ -272,7 +272,8 @@ def test_several_nodes_are_one_group() -> None:
     }
     assert scaled["spec"]["scaleTargetRef"] == target
     assert "replicas" not in group["spec"]
-    assert render(with_values(NODES, "autoscaling.kind", "none")) != manifests
+    (by_hand,) = of_kind(render(with_values(NODES, "autoscaling.kind", "none")), "LeaderWorkerSet")
+    assert by_hand["spec"]["replicas"] == 2
 
 
 def test_the_nodes_of_a_group_reach_each_other() -> None:

@@ -171,15 +171,20 @@ def test_parts_add_up_for_every_architecture(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "rotations"),
+    ("options", "rotations", "least"),
     [
-        ({"target_params": 0.9}, "6 of rank 8."),
-        ({"target_params": 0.9, "rotation": "shared"}, "none."),
-        ({"fraction": 0.3, **PAPER}, "6 whole matrices."),
+        ({"target_params": 0.9}, "6 of rank 8.", "weight: signal and gradient, of this"),
+        ({"target_params": 0.9, "basis": "pca"}, "6 of rank 8.", "weight: signal, of this"),
+        (
+            {"target_params": 0.9, "rotation": "shared"},
+            "none.",
+            "weight: signal and gradient, of all places.",
+        ),
+        ({"fraction": 0.3, **PAPER}, "6 whole matrices.", "energy in the calibration text."),
     ],
 )
 def test_a_model_of_any_form_has_a_page(
-    options: dict[str, Any], rotations: str, tiny: Path, tmp_path: Path
+    options: dict[str, Any], rotations: str, least: str, tiny: Path, tmp_path: Path
 ) -> None:
     output, file = tmp_path / "out", tmp_path / "page.html"
     chosen = SliceOptions(str(tiny), output, samples=14, sequence_length=64, **options)
@@ -189,7 +194,7 @@ def test_a_model_of_any_form_has_a_page(
     Page(text)
     assert f"{100 * (96 - width) / 96:.3g} % of the hidden dimension was deleted" in text
     assert f"Rotations: {rotations}" in text
-    assert ("least energy" in text) == (options.get("basis") == "pca")
+    assert f"directions with the least {least}" in text
 
 
 def test_a_file_that_holds_no_results_is_refused(

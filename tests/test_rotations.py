@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from sliceserve.slicing.rotations import align, auto_rank, fixed_rank
+from sliceserve.slicing.rotations import align, auto_rank, default_rank, fixed_rank
 
 
 def bases(hidden_size: int, width: int, closeness: float) -> tuple[Tensor, Tensor]:
@@ -58,3 +58,11 @@ def test_ranks_by_number_and_by_angle() -> None:
     assert auto_rank(cosines) == 3
     assert fixed_rank(2)(cosines) == 2
     assert fixed_rank(9)(cosines) == 5
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "rank"),
+    [(64, 8), (576, 8), (1024, 16), (2048, 32), (2304, 64), (4096, 64), (8192, 128)],
+)
+def test_the_default_rank_keeps_to_whole_blocks(hidden_size: int, rank: int) -> None:
+    assert default_rank(hidden_size) == rank
