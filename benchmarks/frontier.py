@@ -27,6 +27,7 @@ from sliceserve.slicing.corpora import read_corpus
 from sliceserve.slicing.dense import open_dense_model
 from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.perplexity import measure_text
+from sliceserve.slicing.shape import choose_shape
 from sliceserve.slicing.source import load_tokenizer, locate, quiet_transformers
 
 AWARE = {"basis": "output-aware", "refit": "none"}
@@ -34,10 +35,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "paper": PAPER,
     "output-aware bases": {"rotation": "dense", **AWARE},
     "and low-rank rotations": {"rotation": "low-rank", **AWARE},
-    "and writers refitted": {"refit": "output"},
-    "and readers too (default)": {"refit": "full"},
+    "and writers refitted": {"rotation": "low-rank", "refit": "output"},
+    "and readers too": {"rotation": "low-rank", "refit": "full"},
     "the same, one basis for all": {"rotation": "shared", "refit": "full"},
 }
+COMPLETE = {"low-rank": "and readers too", "shared": "the same, one basis for all"}
 DENSE = "dense"
 
 
@@ -109,15 +111,26 @@ def measure(settings: Settings, form: str, target: float, output: Path) -> dict[
     }
 
 
-def table(rows: list[dict[str, Any]], texts: list[str]) -> str:
-    """Return the rows as a Markdown table; the mean is that of the ratios to the dense model."""
+def default_form(settings: Settings, target: float) -> str:
+    """Return which of the forms `sliceserve slice` takes for a target unless told."""
+    model = open_dense_model(settings.model)
+    options = SliceOptions(settings.model, Path(), target_params=target)
+    return COMPLETE[choose_shape(options, model, model.dtype).rotation]
+
+
+def table(rows: list[dict[str, Any]], texts: list[str], defaults: dict[float, str]) -> str:
+    """Return the rows as a Markdown table; the mean is that of the ratios to the dense model.
+
+    What a user gets who says nothing but the target stands in bold.
+    """
     dense = next(row for row in rows if row["form"] == DENSE)
     columns = ["form", "width", "parameters", "of the stored", *texts, "mean ratio", "seconds"]
     lines = [" | ".join(columns), " | ".join(["---", *["---:"] * (len(columns) - 1)])]
     for row in rows:
         ratios = [math.log(row[text] / dense[text]) for text in texts]
+        picked = defaults.get(row["target"]) == row["form"]
         cells = [
-            row["form"],
+            f"**{row['form']}**" if picked else row["form"],
             str(row["width"] or ""),
             f"{row['parameters']:,}",
             f"{row['stored']:.3f}",
@@ -129,24 +142,34 @@ def table(rows: list[dict[str, Any]], texts: list[str]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def plot(rows: list[dict[str, Any]], texts: list[str], path: Path) -> None:
-    """Draw perplexity on each text against parameters, a line a form."""
+def plot(
+    rows: list[dict[str, Any]], texts: list[str], defaults: dict[float, str], path: Path
+) -> None:
+    """Draw perplexity on each text against parameters: a line a form, a broad one the default."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     plt.rcParams["svg.hashsalt"] = "frontier"
+    across = min(3, len(texts))
+    down = -(-len(texts) // across)
     figure, axes = plt.subplots(
-        1, len(texts), figsize=(5.2 * len(texts), 4.2), squeeze=False, layout="constrained"
+        down, across, figsize=(4 * across, 3.6 * down + 0.6), squeeze=False, layout="constrained"
     )
+    for axis in axes.flat[len(texts) :]:
+        axis.remove()
     forms = list(dict.fromkeys(row["form"] for row in rows))
-    for axis, text in zip(axes[0], texts, strict=True):
+    picked = [row for row in rows if defaults.get(row["target"]) == row["form"]]
+    for axis, text in zip(axes.flat, texts, strict=False):
         for form in forms:
-            points = sorted((row["parameters"] / 1e6, row[text]) for row in rows
-                            if row["form"] == form)  # fmt: skip
+            points = _points(text, [row for row in rows if row["form"] == form])
             if form == DENSE:
-                axis.plot(*points[0], "k*", markersize=11, label=form)
+                axis.plot(*points, "k*", markersize=11, label=form)
             else:
-                axis.plot(*zip(*points, strict=True), "o-", label=form)
+                axis.plot(*points, "o-", markersize=4, label=form)
+        if picked:
+            axis.plot(
+                *_points(text, picked), color="black", alpha=0.15, linewidth=10, label="default"
+            )
         axis.set(xlabel="parameters, millions", ylabel="perplexity", title=text, yscale="log")
         axis.yaxis.set_major_formatter(ScalarFormatter())
         axis.yaxis.set_minor_formatter(NullFormatter())
@@ -154,8 +177,15 @@ def plot(rows: list[dict[str, Any]], texts: list[str], path: Path) -> None:
         steps = [10**power * digit for power in range(6) for digit in (1, 1.5, 2, 3, 4, 6, 8)]
         axis.set_yticks([step for step in steps if low <= step <= high])
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+    lines, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=min(4, across + 1))
     figure.savefig(path, metadata={"Date": None})
+
+
+def _points(text: str, rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Return millions of parameters, rising, and the perplexities there."""
+    found = sorted((row["parameters"] / 1e6, row[text]) for row in rows)
+    return [x for x, _ in found], [y for _, y in found]
 
 
 def main() -> None:
@@ -213,9 +243,10 @@ def main() -> None:
     order = [DENSE, *forms]
     rows = [found[pair] for pair in sorted(wanted, key=lambda pair: order.index(pair[0]))]
     names = [Path(text).stem for text in settings.text]
-    print(table(rows, names))
+    defaults = {target: default_form(settings, target) for target in targets}
+    print(table(rows, names, defaults))
     try:
-        plot(rows, names, output / "frontier.svg")
+        plot(rows, names, defaults, output / "frontier.svg")
     except ImportError as error:
         print(f"no {output / 'frontier.svg'}: {error}", file=sys.stderr)
 

@@ -74,7 +74,7 @@ def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
         type=values.share,
         metavar="SHARE",
         help="of the model's parameters to keep, rotations and head included, in (0, 1]; picks "
-        "the width",
+        "width, form and rank",
     )
     parser.add_argument(
         "--fraction",
@@ -85,16 +85,16 @@ def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--rotation",
         choices=ROTATIONS,
-        default="low-rank",
         help="between neighbouring sublayers: whole matrices and a head of full width, as in the "
-        "paper; bases aligned so that few directions turn; or one basis for all and no rotation",
+        "paper; bases aligned so that few directions turn; or one basis for all and no rotation "
+        "(shared where at most an eighth of hidden_size is deleted, else low-rank)",
     )
     parser.add_argument(
         "--rank",
         type=values.rank,
         metavar="N|auto",
         help="directions that a low-rank rotation turns; with as many as are deleted it is exact; "
-        "auto takes those whose cosine is below 0.98 (a 36th of hidden_size)",
+        "auto takes those whose cosine is below 0.98 (a 72nd of hidden_size)",
     )
     parser.add_argument(
         "--basis",
@@ -405,7 +405,7 @@ def _add_plan(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--rotation", choices=ROTATIONS, nargs="+", help="as for slice, one or several (all)"
     )
     parser.add_argument(
-        "--rank", type=values.rank_number, metavar="N", help="as for slice (a 36th of hidden_size)"
+        "--rank", type=values.rank_number, metavar="N", help="as for slice (a 72nd of hidden_size)"
     )
     parser.add_argument("--round-to", type=values.number, help="as for slice (the same)")
     parser.add_argument(

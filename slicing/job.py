@@ -9,7 +9,7 @@ import platform
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,7 +61,8 @@ class SliceOptions:
             as it is stored; picks the width. None takes the fraction.
         fraction: of hidden_size to delete, in [0, 1); None takes `shape.FRACTION`.
         rotation: "dense" for whole matrices and a head of full width, as in the paper; "low-rank"
-            for aligned bases and rotations of low rank; "shared" for one basis and no rotations.
+            for aligned bases and rotations of low rank; "shared" for one basis and no rotations;
+            None takes what `shape.choose_shape` says.
         rank: of low-rank rotations; "auto" takes what `rotations.auto_rank` says, None
             `rotations.default_rank`.
         basis: "pca" of the residual stream, or "output-aware", which looks at gradients as well.
@@ -83,7 +84,7 @@ class SliceOptions:
     output: Path
     target_params: float | None = None
     fraction: float | None = None
-    rotation: str = "low-rank"
+    rotation: str | None = None
     rank: int | str | None = None
     basis: str = "output-aware"
     refit: str = "full"
@@ -157,6 +158,7 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
         check_vocabulary(windows, model.config.vocab_size)
     dtype = getattr(torch, options.dtype) if options.dtype else model.dtype
     shape = choose_shape(options, model, dtype)
+    options = replace(options, rotation=shape.rotation)
     forward_dtype = layers_dtype(device, model.dtype)
     if options.compute_dtype:
         forward_dtype = getattr(torch, options.compute_dtype)
@@ -258,7 +260,7 @@ def check_options(options: SliceOptions) -> None:
     """
     if options.target_params is not None and options.fraction is not None:
         raise UserError("--target-params and --fraction both say how much to keep: give one")
-    if options.rank is not None and options.rotation != "low-rank":
+    if options.rank is not None and options.rotation not in (None, "low-rank"):
         raise UserError(f"--rank {options.rank} needs --rotation low-rank")
     if options.rank == "auto" and options.target_params is not None:
         raise UserError("--target-params needs a number as --rank, not 'auto'")

@@ -1,7 +1,7 @@
 """The shape of the sliced model: widths and ranks, from a fraction or from parameters to keep."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FRACTION = 0.25
 WIDE = 2048  # see `default_multiple`
+SHARED_UP_TO = 1 / 8  # of hidden_size deleted, see `choose_shape`
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Shape:
     Attributes:
         model: the dense model.
         dtype: of the sliced weights.
+        rotation: the form of the rotations.
         widths: columns to keep at each place.
         rank: of every rotation, None if they are whole; with "auto", the most there can be.
         rank_rule: how it is chosen at each place, None if they are whole.
@@ -38,6 +40,7 @@ class Shape:
 
     model: DenseOutline
     dtype: torch.dtype
+    rotation: str
     widths: list[int]
     rank: int | None
     rank_rule: RankRule | None
@@ -66,7 +69,7 @@ class Shape:
         return SurveyPlan(
             self.widths,
             output_aware=options.basis == "output-aware",
-            shared=options.rotation == "shared",
+            shared=self.rotation == "shared",
             tied=self.tied,
         )
 
@@ -82,12 +85,27 @@ class Shape:
 
 
 def choose_shape(options: "SliceOptions", model: DenseOutline, dtype: torch.dtype) -> Shape:
-    """Choose widths and ranks.
+    """Choose the form of the rotations, unless it is given, widths and ranks.
+
+    One basis for all places, and so nothing to rotate, where at most an eighth of hidden_size is
+    deleted: low-rank rotations gain next to nothing there (docs/quality.md), and cost time.
 
     Raises:
         UserError: no width keeps as little as that, or none would be left.
 
     """
+    if options.rotation:
+        return _shape_of_form(options, options.rotation, model, dtype)
+    if options.rank is None:
+        shape = _shape_of_form(options, "shared", model, dtype)
+        if shape.widths[0] >= (1 - SHARED_UP_TO) * model.config.hidden_size:
+            return shape
+    return _shape_of_form(options, "low-rank", model, dtype)
+
+
+def _shape_of_form(
+    options: "SliceOptions", rotation: str, model: DenseOutline, dtype: torch.dtype
+) -> Shape:
     hidden_size = int(model.config.hidden_size)
     places = model.architecture.places(model.config.num_hidden_layers)
     final_norm = model.skeleton.get_submodule(model.architecture.final_norm)
@@ -102,15 +120,15 @@ def choose_shape(options: "SliceOptions", model: DenseOutline, dtype: torch.dtyp
         deleted = hidden_size - width
         rank: int | None = None
         rule: RankRule | None = None
-        if options.rotation == "shared":
+        if rotation == "shared":
             rank, rule = 0, fixed_rank(0)
-        elif options.rotation == "low-rank" and options.rank == "auto":
+        elif rotation == "low-rank" and options.rank == "auto":
             rank, rule = min(deleted, width), auto_rank
-        elif options.rotation == "low-rank":
+        elif rotation == "low-rank":
             given = options.rank if isinstance(options.rank, int) else default_rank(hidden_size)
             rank, rule = min(given, deleted, width), fixed_rank(given)
-        last = hidden_size if options.rotation == "dense" else width
-        return Shape(model, dtype, [width] * (places - 1) + [last], rank, rule, tied)
+        last = hidden_size if rotation == "dense" else width
+        return Shape(model, dtype, rotation, [width] * (places - 1) + [last], rank, rule, tied)
 
     multiple = options.round_to or default_multiple(hidden_size)
     if options.target_params is None:

@@ -38,6 +38,28 @@ def test_the_target_is_met_and_four_more_columns_would_not(
     assert choose_shape(more, model, torch.float32).parameters > 0.85 * model.parameters
 
 
+@pytest.mark.parametrize(
+    ("changes", "rotation"),
+    [
+        ({"fraction": 0.0}, "shared"),
+        ({"fraction": 0.125}, "shared"),
+        ({"fraction": 0.17}, "low-rank"),
+        ({"target_params": 0.95}, "shared"),
+        ({"target_params": 0.7}, "low-rank"),
+        ({"fraction": 0.125, "rank": 4}, "low-rank"),
+        ({"fraction": 0.125, "rotation": "low-rank"}, "low-rank"),
+        ({"fraction": 0.25, "rotation": "shared"}, "shared"),
+    ],
+)
+def test_nothing_is_rotated_where_little_is_deleted(
+    changes: dict[str, Any], rotation: str, tiny: Path
+) -> None:
+    options = SliceOptions(str(tiny), Path("x"), round_to=4, **changes)
+    shape = choose_shape(options, open_dense_model(str(tiny)), torch.float32)
+    assert shape.rotation == rotation
+    assert (shape.rank == 0) == (rotation == "shared")
+
+
 def test_a_target_out_of_reach_is_refused(tiny: Path) -> None:
     model = open_dense_model(str(tiny))
     options = SliceOptions(str(tiny), Path("x"), target_params=0.001)

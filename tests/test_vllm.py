@@ -173,7 +173,9 @@ def test_fraction_zero_gives_the_dense_models_tokens(
 ) -> None:
     """Full-width rotations of SmolLM2 in vLLM, against the dense model in vLLM."""
     rotated = tmp_path / "rotated"
-    options = SliceOptions(str(smollm2), rotated, fraction=0.0, samples=2, sequence_length=128)
+    options = SliceOptions(
+        str(smollm2), rotated, fraction=0.0, samples=2, sequence_length=128, **PAPER
+    )
     run = run_slice(options, show_progress=False)
     assert run.summary.slicing.widths == [576] * 61
     expected = generate(smollm2, prompts, 24, EAGER)
