@@ -50,6 +50,7 @@ class Row:
     parameters: int
     tensor_parallel: int
     pipeline_parallel: int
+    quantization: str | None = None
 
     @property
     def gpus(self) -> int:
@@ -59,7 +60,12 @@ class Row:
     @property
     def key(self) -> str:
         """A name of its own."""
-        return f"{self.name} tp{self.tensor_parallel} pp{self.pipeline_parallel}"
+        return f"{self.label} tp{self.tensor_parallel} pp{self.pipeline_parallel}"
+
+    @property
+    def label(self) -> str:
+        """What the table calls it."""
+        return f"{self.name}, {self.quantization}" if self.quantization else self.name
 
 
 def measure(row: dict[str, Any], utilization: float, full: bool) -> dict[str, Any]:
@@ -71,6 +77,7 @@ def measure(row: dict[str, Any], utilization: float, full: bool) -> dict[str, An
         model=row["directory"],
         load_format="dummy",
         dtype="bfloat16",
+        quantization=row["quantization"],
         max_model_len=2064,
         max_num_seqs=256,
         max_num_batched_tokens=8192,
@@ -137,7 +144,8 @@ def plan(options: argparse.Namespace) -> list[Row]:
             rows += [
                 replace(row, tensor_parallel=options.fewer, pipeline_parallel=1) for row in few
             ]
-    return rows
+    return [replace(row, quantization=None if quantization == "none" else quantization)
+            for quantization in options.quantization for row in rows]  # fmt: skip
 
 
 def run_rows(rows: list[Row], options: argparse.Namespace) -> dict[str, Any]:
@@ -183,7 +191,7 @@ def run_rows(rows: list[Row], options: argparse.Namespace) -> dict[str, Any]:
 
 def log_of(row: Row, options: argparse.Namespace) -> Path:
     """Where a row's process writes."""
-    path: Path = options.output / (row.key.replace(" ", "_").replace("%", "") + ".log")
+    path: Path = options.output / (row.key.replace(" ", "_").replace("%", "").replace(",", "") + ".log")
     return path
 
 
@@ -199,6 +207,7 @@ def start_row(row: Row, gpus: list[int], options: argparse.Namespace) -> "subpro
         "directory": str(row.directory),
         "tensor_parallel": row.tensor_parallel,
         "pipeline_parallel": row.pipeline_parallel,
+        "quantization": row.quantization,
     }
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, sorted(gpus)))}
     if row.gpus == 1:
@@ -222,7 +231,7 @@ def table(rows: list[Row], done: dict[str, Any]) -> str:
         if row.key not in done:
             continue
         values = done[row.key] | {
-            "name": row.name + (" (pipeline)" if row.pipeline_parallel > 1 else ""),
+            "name": row.label + (" (pipeline)" if row.pipeline_parallel > 1 else ""),
             "gpus": row.gpus,
             "parameters": row.parameters,
             "gpu_ms": row.gpus * done[row.key]["batch_1"],
@@ -251,6 +260,12 @@ def main() -> int:
     parser.add_argument("--rotation", choices=ROTATIONS, nargs="+", default=list(ROTATIONS))
     parser.add_argument("--rank", type=int, help="of low-rank rotations (default: the slicer's)")
     parser.add_argument("--round-to", type=int, default=128)
+    parser.add_argument(
+        "--quantization",
+        nargs="+",
+        default=["none"],
+        help="of the linears, by vLLM while it loads: none, fp8",
+    )
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--pipeline-parallel", type=int, default=1)
     parser.add_argument("--fewer", type=int, help="GPUs for a second run of each sliced model")

@@ -36,7 +36,7 @@ def describe(summary: CheckpointSummary) -> str:
         "width": f"{widths} of the residual stream",
         "rotations": describe_ranks(slicing.ranks),
         "parameters": f"{summary.sliced_parameters:,}, {summary.ratio:.1%} of the dense "
-        f"{summary.dense_parameters:,} (rotations {rotations:.1%} of the sliced)",
+        f"{summary.dense_parameters:,} (rotations and head map {rotations:.1%} of the sliced)",
         "on disk": f"{summary.bytes / 1e6:,.1f} MB",
     }
     if source := summary.provenance.get("source"):
