@@ -191,7 +191,9 @@ def run_rows(rows: list[Row], options: argparse.Namespace) -> dict[str, Any]:
 
 def log_of(row: Row, options: argparse.Namespace) -> Path:
     """Where a row's process writes."""
-    path: Path = options.output / (row.key.replace(" ", "_").replace("%", "").replace(",", "") + ".log")
+    path: Path = options.output / (
+        row.key.replace(" ", "_").replace("%", "").replace(",", "") + ".log"
+    )
     return path
 
 

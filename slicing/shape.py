@@ -1,7 +1,7 @@
 """The shape of the sliced model: widths and ranks, from a fraction or from parameters to keep."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
