@@ -14,6 +14,8 @@ from sliceserve.server import vllm_compat
 from sliceserve.server.admission import Admission, Limits
 from sliceserve.server.arguments import Arguments
 from sliceserve.server.auth import Auth, KeyRing
+from sliceserve.server.bounds import Bounds
+from sliceserve.server.deadline import Deadline
 from sliceserve.server.drain import METRICS, Drain
 from sliceserve.server.exchange import Exchange, Watch
 from sliceserve.server.health import LIVEZ, READYZ, EngineProbe, Health, Lifecycle, Phase
@@ -21,6 +23,7 @@ from sliceserve.server.introspection import show_facts, sliced_facts
 from sliceserve.server.life import run_until_signal
 from sliceserve.server.listener import listening, make_listener
 from sliceserve.server.metrics import ServerMetrics
+from sliceserve.server.per_key import KeyLimits, PerKey
 from sliceserve.server.responses import unavailable
 
 if TYPE_CHECKING:
@@ -158,8 +161,15 @@ async def serve(
             app = await create_app(engine, args, summary)
         probe = EngineProbe(engine.answer, settings.probe_timeout)
         limits = Limits(settings.max_requests, settings.max_body_size, settings.body_timeout)
-        admission = Admission(Arguments(app), limits)
-        drain = Drain(admission, lifecycle)
+        bounds = Bounds(settings.max_sequences, settings.max_output_tokens, settings.max_stops)
+        bounded = Deadline(Arguments(app, bounds), settings.request_timeout)
+        admission = Admission(bounded, limits)
+        of_keys = KeyLimits(
+            settings.key_max_requests,
+            settings.key_requests_per_minute,
+            settings.key_tokens_per_minute,
+        )
+        drain = Drain(PerKey(admission, of_keys), lifecycle)
         serving = guarded(drain, access, lifecycle, probe, lambda: admission.full)
         watch = Watch(serving, known_paths(app), metrics.count_response, log)
         listener = make_listener(watch, args)

@@ -38,6 +38,7 @@ class Exchange:
         generation_tokens: the same.
         seconds: from arrival to the end.
         first_byte_seconds: from arrival to the first byte of the answer's body.
+        chunks: of the answer's body.
 
     """
 
@@ -53,6 +54,14 @@ class Exchange:
     generation_tokens: int | None = None
     seconds: float = 0.0
     first_byte_seconds: float | None = None
+    chunks: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of prompt and answer; one a chunk where vLLM does not say, as of a stream left early."""
+        if self.prompt_tokens is None or self.generation_tokens is None:
+            return self.chunks
+        return self.prompt_tokens + self.generation_tokens
 
 
 def exchange_of(scope: Scope) -> Exchange | None:
@@ -107,6 +116,7 @@ class Watch:
                 message.setdefault("headers", [])
                 MutableHeaders(scope=message)[REQUEST_ID] = exchange.id
             elif message["type"] == "http.response.body":
+                exchange.chunks += 1
                 if exchange.first_byte_seconds is None:
                     exchange.first_byte_seconds = time.monotonic() - began
                 ended = not message.get("more_body", False)
@@ -119,7 +129,7 @@ class Watch:
                 exchange.status = 500  # what the HTTP server answers to an exception
             exchange.seconds = time.monotonic() - began
             exchange.route = self._route(inner)
-            _take_usage(exchange, inner)
+            take_usage(exchange, inner)
             for report in self._report:
                 report(exchange)
 
@@ -134,7 +144,7 @@ def _request_id(scope: Scope) -> str:
     return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-def _take_usage(exchange: Exchange, scope: Scope) -> None:
+def take_usage(exchange: Exchange, scope: Scope) -> None:
     """Take what vLLM's routes leave in the state of a request once they have its tokens."""
     usage = getattr(scope["state"].get("request_metadata"), "final_usage_info", None)
     if usage is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.responses import JSONResponse
 
@@ -12,12 +12,28 @@ if TYPE_CHECKING:
 RETRY_AFTER_S = 5
 
 
+def error_object(status: int, kind: str, message: str, param: str | None = None) -> dict[str, Any]:
+    """Return an OpenAI error object, with the status as its code as in vLLM's errors.
+
+    Args:
+        status: of HTTP.
+        kind: of the error, such as "BadRequestError".
+        message: one or two sentences.
+        param: the argument of the request that is at fault, if one is.
+
+    """
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
 def error_response(
-    status: int, kind: str, message: str, headers: Mapping[str, str] | None = None
+    status: int,
+    kind: str,
+    message: str,
+    headers: Mapping[str, str] | None = None,
+    param: str | None = None,
 ) -> JSONResponse:
-    """Return an OpenAI error object, with the status as its code as in vLLM's errors."""
-    error = {"message": message, "type": kind, "param": None, "code": status}
-    return JSONResponse({"error": error}, status, headers)
+    """Return an OpenAI error object as the answer to a request."""
+    return JSONResponse(error_object(status, kind, message, param), status, headers)
 
 
 def unavailable(message: str) -> JSONResponse:

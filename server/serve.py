@@ -72,6 +72,8 @@ def main(argv: list[str]) -> int:
     from sliceserve.server.app import access_of, serve
 
     access = access_of(settings, args)
+    refuse_limits_without_keys(settings, keyed=bool(access.keys))
+    bound_answers(args, settings.max_output_tokens)
     log = open_access_log(settings.access_log)
     args.disable_uvicorn_access_log |= settings.access_log != OFF
     confine(args, keyed=bool(access.keys), insecure=settings.insecure)
@@ -141,6 +143,27 @@ def confine(args: argparse.Namespace, *, keyed: bool, insecure: bool) -> None:
             f"--host {args.host}: other machines reach this address and there is no API key; "
             "give --api-key-file or SLICESERVE_API_KEY, or --insecure to serve everyone"
         )
+
+
+def refuse_limits_without_keys(settings: ServerSettings, *, keyed: bool) -> None:
+    """Refuse limits a key where there are no keys.
+
+    Raises:
+        UserError: there are such limits.
+
+    """
+    for name, value in () if keyed else settings.limits_of_keys.items():
+        raise UserError(
+            f"--{name.replace('_', '-')} {value}: there is no API key; give --api-key-file or "
+            "SLICESERVE_API_KEY"
+        )
+
+
+def bound_answers(args: argparse.Namespace, tokens: int | None) -> None:
+    """Make vLLM end answers after so many tokens, those of requests that name no number too."""
+    if tokens is not None:
+        given = args.override_generation_config or {}
+        args.override_generation_config = given | {"max_new_tokens": tokens}
 
 
 def _is_loopback(host: str) -> bool:

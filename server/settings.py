@@ -26,6 +26,7 @@ ENV_PREFIX = "SLICESERVE_"
 # Kubernetes sets these in every pod beside a Service whose name starts with "sliceserve".
 _SERVICE_LINK = re.compile(r"\w+_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
 _SECRET = ("hf_token",)
+_KEY_LIMITS = ("key_max_requests", "key_requests_per_minute", "key_tokens_per_minute")
 _NOT_SHOWN = ("config", "model_tag")
 
 
@@ -76,6 +77,35 @@ class ServerSettings(BaseSettings):
         allow_inf_nan=False,
         description="Seconds that a request's body may take to arrive; a slower one gets 408.",
     )
+    request_timeout: float = Field(
+        3600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that a request may take, its answer included; a slower one gets 408.",
+    )
+    max_sequences: int = Field(
+        256, gt=0, description="Prompts times n that a request may ask for; more get 400."
+    )
+    max_output_tokens: int | None = Field(
+        None, gt=0, description="Tokens of an answer; a request that asks for more gets 400."
+    )
+    max_stops: int = Field(
+        16, gt=0, description="Stop strings of a request; one with more gets 400."
+    )
+    key_max_requests: int | None = Field(
+        None, gt=0, description="Requests of one key at a time; more get 429."
+    )
+    key_requests_per_minute: int | None = Field(
+        None, gt=0, description="Requests of one key in a minute; more get 429."
+    )
+    key_tokens_per_minute: int | None = Field(
+        None, gt=0, description="Tokens of one key in a minute; further requests get 429."
+    )
+
+    @property
+    def limits_of_keys(self) -> dict[str, int]:
+        """The limits that each key has, by the names of their settings."""
+        return {name: getattr(self, name) for name in _KEY_LIMITS if getattr(self, name)}
 
     @field_validator("api_key", mode="before")
     @classmethod

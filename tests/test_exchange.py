@@ -20,10 +20,12 @@ from starlette.routing import Route
 from sliceserve.server.access_log import open_access_log
 from sliceserve.server.arguments import Arguments
 from sliceserve.server.auth import Auth, KeyRing
+from sliceserve.server.bounds import Bounds
 from sliceserve.server.exchange import Exchange, Watch
 from sliceserve.server.metrics import ServerMetrics
 from sliceserve.slicing.errors import UserError
 
+BOUNDS = Bounds(8, None, 4)
 DONE = Exchange("a1", "POST", 0.0, "/v1/completions", status=200, seconds=1.5)
 
 
@@ -57,7 +59,7 @@ ROUTES = {"/fine": fine, "/broken": broken, "/endless": endless, "/items/{item}"
 def watched(report: Any) -> Watch:
     methods = ["GET", "POST"]
     routes = [Route(path, handler, methods=methods) for path, handler in ROUTES.items()]
-    app = Arguments(Starlette(routes=routes))
+    app = Arguments(Starlette(routes=routes), BOUNDS)
     guarded = Auth(app, KeyRing(["key"]), frozenset(), cross_origin=False)
     return Watch(guarded, frozenset(ROUTES), report)
 
@@ -114,7 +116,7 @@ def test_other_bodies_pass_as_they_are(body: bytes) -> None:
         return PlainTextResponse(str(len(await request.body())))
 
     async def once() -> httpx.Response:
-        app = Arguments(Starlette(routes=[Route("/", length, methods=["POST"])]))
+        app = Arguments(Starlette(routes=[Route("/", length, methods=["POST"])]), BOUNDS)
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             return await client.post("/", content=body)
@@ -134,7 +136,7 @@ def test_a_line_of_the_access_log(tmp_path: Path) -> None:
         "time": "2001-09-09T01:46:40.000+00:00", "id": "a1", "method": "POST",
         "route": "/v1/completions", "key": "0123abcd", "model": "m" * 128, "status": 200,
         "disconnected": False, "prompt_tokens": 3, "generation_tokens": None, "seconds": 1.5,
-        "first_byte_seconds": None,
+        "first_byte_seconds": None, "chunks": 0,
     }  # fmt: skip
     assert datetime.fromisoformat(first["time"]) == datetime.fromtimestamp(1e9, UTC)
     assert (left["status"], left["disconnected"]) == (None, True)

@@ -32,6 +32,16 @@ def stream(server: ServerProcess, tokens: int) -> Any:
     )
 
 
+def post(server: ServerProcess, key: str, **asked: Any) -> httpx.Response:
+    body = {"model": "sliced", "prompt": "hi", "max_tokens": 5, "ignore_eos": True} | asked
+    return httpx.post(
+        f"{server.url}/v1/completions",
+        json=body,
+        headers={"Authorization": f"Bearer {key}"},
+        timeout=120,
+    )
+
+
 @contextmanager
 def stopped(process: int) -> Iterator[None]:
     """A process that stands still for the time of the block, so that no answer can end in it."""
@@ -55,7 +65,11 @@ def starting(
 ) -> Iterator[ServerProcess]:
     """A server that nobody has waited for."""
     log = tmp_path_factory.mktemp("guarded") / "log"
-    options = ("--probe-timeout", "2", "--drain-timeout", "100", "--metrics-public")
+    template = log.with_name("template")
+    template.write_text("{{ messages[0]['content'] }}")
+    options = ["--probe-timeout", "2", "--drain-timeout", "100", "--metrics-public"]
+    options += ["--max-sequences", "4", "--max-output-tokens", "500", "--key-max-requests", "5"]
+    options += ["--chat-template", str(template)]
     with serving(
         tiny_sliced,
         log,
@@ -202,6 +216,40 @@ def test_a_request_id_comes_back_and_names_the_answer(server: ServerProcess) -> 
     assert len(made) == 2
 
 
+@pytest.mark.parametrize(
+    ("asked", "argument"),
+    [({"n": 5}, "n"), ({"prompt": ["hi"] * 5}, "prompt"), ({"max_tokens": 501}, "max_tokens")],
+)
+def test_what_asks_too_much_is_refused(
+    server: ServerProcess, asked: dict[str, Any], argument: str
+) -> None:
+    answer = post(server, FIXED_KEY, **asked)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == argument
+
+
+def test_who_names_no_number_of_tokens_gets_no_more_than_the_bound(server: ServerProcess) -> None:
+    asked = {"messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
+    answer = httpx.post(
+        f"{server.url}/v1/chat/completions",
+        json={"model": "sliced"} | asked,
+        headers={"Authorization": f"Bearer {FIXED_KEY}"},
+        timeout=120,
+    )
+    assert answer.json()["usage"]["completion_tokens"] == 500
+
+
+def test_a_key_has_its_requests_at_a_time(server: ServerProcess) -> None:
+    with ExitStack() as streams, stopped(server.engine()):
+        for _ in range(5):
+            streams.enter_context(stream(server, tokens=1))
+        refused = post(server, FIXED_KEY)
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) > 0
+        other = httpx.get(f"{server.url}/ping", headers={"Authorization": "Bearer another"})
+        assert other.status_code == 200
+
+
 def test_a_huge_body_is_refused(server: ServerProcess) -> None:
     answer = httpx.post(
         f"{server.url}/v1/completions",
@@ -273,15 +321,47 @@ def test_no_key_was_ever_logged(server: ServerProcess) -> None:
     assert "Traceback" not in log
 
 
-def test_a_killed_engine_ends_streams_and_the_server(tiny_sliced: Path, tmp_path: Path) -> None:
-    with serving(tiny_sliced, tmp_path / "log", SLICESERVE_API_KEY=FIXED_KEY) as server:
+@pytest.fixture(scope="module")
+def hurried(tiny_sliced: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server that gives requests little time and keys few tokens."""
+    log = tmp_path_factory.mktemp("hurried") / "log"
+    options = ["--request-timeout", "3", "--key-tokens-per-minute", "900", "--metrics-public"]
+    keys = f"{FIXED_KEY},{OTHER_KEY}"
+    with serving(tiny_sliced, log, *options, SLICESERVE_API_KEY=keys) as server:
         server.wait_for("/readyz", 200)
-        os.kill(engine := server.engine(), signal.SIGSTOP)
-        with stream(server, tokens=500) as answer:
+        yield server
+
+
+def test_a_key_has_its_tokens_a_minute(hurried: ServerProcess) -> None:
+    first = post(hurried, OTHER_KEY, n=2, max_tokens=450)
+    assert first.json()["usage"]["completion_tokens"] == 900
+    refused = post(hurried, OTHER_KEY)
+    assert refused.status_code == 429
+    assert "900 tokens a minute" in refused.json()["error"]["message"]
+    assert post(hurried, FIXED_KEY).status_code == 200
+
+
+def test_what_takes_too_long_ends_and_frees_the_engine(hurried: ServerProcess) -> None:
+    with stopped(hurried.engine()):
+        late = post(hurried, FIXED_KEY, max_tokens=500)
+        assert late.status_code == 408
+        assert "within 3 s" in late.json()["error"]["message"]
+        with stream(hurried, tokens=500) as answer:
             assert answer.status_code == 200
-            os.kill(engine, signal.SIGKILL)
-            rest = "".join(answer.iter_lines())
-        assert '"error"' in rest
-        assert "Traceback" not in rest
-        assert server.process.wait(STOP_SECONDS) == 1, server.log.read_text()
-        wait_until_gone(server.process.pid)
+            events = [line for line in answer.iter_lines() if line]
+    assert events[-1] == "data: [DONE]"
+    assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == 408
+    assert post(hurried, FIXED_KEY, max_tokens=1).status_code == 200
+    assert not sample(hurried, "vllm:num_requests_running")
+
+
+def test_a_killed_engine_ends_streams_and_the_server(hurried: ServerProcess) -> None:
+    os.kill(engine := hurried.engine(), signal.SIGSTOP)
+    with stream(hurried, tokens=500) as answer:
+        assert answer.status_code == 200
+        os.kill(engine, signal.SIGKILL)
+        rest = "".join(answer.iter_lines())
+    assert '"error"' in rest
+    assert "Traceback" not in rest
+    assert hurried.process.wait(STOP_SECONDS) == 1, hurried.log.read_text()
+    wait_until_gone(hurried.process.pid)

@@ -132,6 +132,12 @@ def test_without_a_key_only_this_machine_is_served(host: str, tiny_sliced: Path)
         main([str(tiny_sliced), "--host", host])
 
 
+def test_limits_of_keys_need_keys(tiny_sliced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLICESERVE_KEY_TOKENS_PER_MINUTE", "7")
+    with pytest.raises(UserError, match="--key-tokens-per-minute 7: there is no API key"):
+        main([str(tiny_sliced)])
+
+
 def test_an_unusable_key_file_is_named(tmp_path: Path, tiny_sliced: Path) -> None:
     file = tmp_path / "keys"
     arguments = [str(tiny_sliced), "--api-key-file", str(file)]

@@ -1,0 +1,90 @@
+"""Bounds on what one request may ask of the engine, each refused with a 400 that names it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+STOP_CHARACTERS = 1024  # of one stop string: the API process looks for it after every token
+
+# Where a request says how many tokens it wants at most, in the APIs that vLLM serves.
+_OUTPUT_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one request may ask for; None is no bound but vLLM's own.
+
+    Attributes:
+        sequences: prompts times completions of each.
+        output_tokens: tokens of one completion.
+        stops: strings that end it.
+
+    """
+
+    sequences: int
+    output_tokens: int | None
+    stops: int
+
+
+@dataclass(frozen=True)
+class Excess:
+    """What a request asks too much of: the name of its argument, and a sentence."""
+
+    argument: str
+    message: str
+
+
+def find_excess(given: dict[str, Any], bounds: Bounds) -> Excess | None:
+    """Return what a request's arguments ask too much of, or None.
+
+    Values of a wrong type are left to vLLM, which refuses them; those that it would convert, such
+    as the text "100", count as what it makes of them.
+    """
+    prompts = _prompts(given)
+    for asked in (given, given.get("sampling_params")):
+        if not isinstance(asked, dict):
+            continue
+        sequences = prompts * max(1, _number(asked.get("n")))
+        if sequences > bounds.sequences:
+            return Excess(
+                "n" if prompts == 1 else "prompt",
+                f"The request asks for {sequences} sequences, and {bounds.sequences} are allowed.",
+            )
+        for name in _OUTPUT_TOKENS:
+            tokens = _number(asked.get(name))
+            if bounds.output_tokens is not None and tokens > bounds.output_tokens:
+                return Excess(
+                    name, f"{name} is {tokens}, and {bounds.output_tokens} tokens are allowed."
+                )
+        stops = asked.get("stop")
+        if isinstance(stops, list) and len(stops) > bounds.stops:
+            return Excess("stop", f"stop has {len(stops)} strings, and {bounds.stops} are allowed.")
+        texts = stops if isinstance(stops, list) else [stops]
+        longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
+        if longest > STOP_CHARACTERS:
+            return Excess(
+                "stop",
+                f"A stop string has {longest} characters, and {STOP_CHARACTERS} are allowed.",
+            )
+    return None
+
+
+def _prompts(given: dict[str, Any]) -> int:
+    """Return how many prompts there are: several texts, lists of tokens, or conversations."""
+    counts = [1]
+    for name, one in (("prompt", (str, list)), ("messages", list)):
+        value = given.get(name)
+        if isinstance(value, list):
+            counts.append(sum(isinstance(part, one) for part in value))
+    return max(counts)
+
+
+def _number(value: Any) -> int:
+    """Return the whole number that vLLM would take a value for, 0 if it would refuse it."""
+    if isinstance(value, int):
+        return value
+    try:
+        return int(float(value)) if isinstance(value, float | str) else 0
+    except (ValueError, OverflowError):
+        return 0

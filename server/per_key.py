@@ -1,0 +1,98 @@
+"""What each API key may take: requests at a time, requests and tokens a minute."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import FixedWindowRateLimiter
+
+from sliceserve.server.admission import FREE_METHODS, RETRY_AFTER_S
+from sliceserve.server.exchange import exchange_of, take_usage
+from sliceserve.server.responses import error_response
+
+if TYPE_CHECKING:
+    from starlette.responses import JSONResponse
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+
+@dataclass(frozen=True)
+class KeyLimits:
+    """The limits of each key; None is none.
+
+    Attributes:
+        requests: at a time.
+        requests_per_minute: in a minute that begins with the first of them.
+        tokens_per_minute: of prompts and answers, likewise; known when an answer has ended.
+
+    """
+
+    requests: int | None
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+
+
+class PerKey:
+    """ASGI layer within `Auth` that answers 429 to a key that is over one of its limits.
+
+    The request that crosses the limit of tokens is answered in full; the next ones wait.
+    """
+
+    def __init__(self, app: ASGIApp, limits: KeyLimits) -> None:
+        self.app, self._limits = app, limits
+        self._running: Counter[str] = Counter()
+        self._windows = FixedWindowRateLimiter(MemoryStorage())
+        self._rates = {
+            what: RateLimitItemPerMinute(amount, namespace=what)
+            for what, amount in (
+                ("requests", limits.requests_per_minute),
+                ("tokens", limits.tokens_per_minute),
+            )
+            if amount is not None
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or refuse it."""
+        exchange = exchange_of(scope)
+        if exchange is None or exchange.key is None or scope["method"] in FREE_METHODS:
+            await self.app(scope, receive, send)
+            return
+        key = exchange.key
+        refusal = self._refusal(key)
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        if "requests" in self._rates:
+            self._windows.hit(self._rates["requests"], key)
+        self._running[key] += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._running[key] -= 1
+            if not self._running[key]:
+                del self._running[key]
+            take_usage(exchange, scope)
+            if "tokens" in self._rates and exchange.tokens:
+                self._windows.hit(self._rates["tokens"], key, cost=exchange.tokens)
+
+    def _refusal(self, key: str) -> JSONResponse | None:
+        most = self._limits.requests
+        if most is not None and self._running[key] >= most:
+            text = f"The key has {most} requests at work, as many as it may; try again."
+            return _refuse(text, RETRY_AFTER_S)
+        for what, rate in self._rates.items():
+            if not self._windows.test(rate, key):
+                reset = self._windows.get_window_stats(rate, key).reset_time
+                wait = max(1, math.ceil(reset - time.time()))
+                text = f"The key may take {rate.amount} {what} a minute; try again in {wait} s."
+                return _refuse(text, wait)
+        return None
+
+
+def _refuse(text: str, wait: int) -> JSONResponse:
+    return error_response(429, "RateLimitError", text, {"Retry-After": str(wait)})

@@ -1,0 +1,259 @@
+"""What one request may ask for and how long it may take, and what each key may take."""
+
+import asyncio
+import json
+import time
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from sliceserve.server.arguments import Arguments
+from sliceserve.server.auth import Auth, KeyRing
+from sliceserve.server.bounds import STOP_CHARACTERS, Bounds, find_excess
+from sliceserve.server.deadline import Deadline
+from sliceserve.server.exchange import Exchange, Watch
+from sliceserve.server.per_key import KeyLimits, PerKey
+
+BOUNDS = Bounds(sequences=6, output_tokens=100, stops=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "argument"),
+    [
+        ({"n": 6, "max_tokens": 100, "stop": ["a", "b"]}, None),
+        ({"prompt": [1] * 50, "stop": "x" * STOP_CHARACTERS}, None),
+        ({"n": None, "max_tokens": None, "stop": None, "prompt": None}, None),
+        ({"n": [], "max_tokens": "many", "stop": 3, "prompt": {"a": 1}}, None),
+        ({"max_tokens": float("nan"), "n": float("-inf")}, None),
+        ({"messages": [{"role": "user", "content": "hi"}] * 50}, None),
+        ({"n": 7}, "n"),
+        ({"n": "7"}, "n"),
+        ({"n": 7.0}, "n"),
+        ({"n": 10**400}, "n"),
+        ({"prompt": ["hi"] * 7}, "prompt"),
+        ({"prompt": [[1, 2]] * 3, "n": 3}, "prompt"),
+        ({"messages": [[{"role": "user", "content": "hi"}]] * 7}, "prompt"),
+        ({"max_tokens": 101}, "max_tokens"),
+        ({"max_completion_tokens": "101"}, "max_completion_tokens"),
+        ({"max_output_tokens": 1e30}, "max_output_tokens"),
+        ({"stop": ["a", "b", "c"]}, "stop"),
+        ({"stop": "x" * (STOP_CHARACTERS + 1)}, "stop"),
+        ({"stop": [1, "x" * (STOP_CHARACTERS + 1)]}, "stop"),
+        ({"sampling_params": {"n": 7}}, "n"),
+        ({"sampling_params": {"max_tokens": 101}}, "max_tokens"),
+        ({"sampling_params": [1]}, None),
+    ],
+)
+def test_what_asks_too_much_is_named(given: dict[str, Any], argument: str | None) -> None:
+    excess = find_excess(given, BOUNDS)
+    assert (excess and excess.argument) == argument
+
+
+def test_without_a_bound_answers_may_be_of_any_length() -> None:
+    assert find_excess({"max_tokens": 10**9}, Bounds(1, None, 1)) is None
+
+
+class Application:
+    """Counts the requests that reach it, and whether one was left."""
+
+    def __init__(self) -> None:
+        self.reached = 0
+        self.left = asyncio.Event()
+        self.going = asyncio.Event()
+
+    async def answer(self, request: Request) -> Response:
+        """Answer at once; ?tokens= are left where vLLM leaves them."""
+        self.reached += 1
+        if tokens := int(request.query_params.get("tokens", 0)):
+            usage = type("Usage", (), {"prompt_tokens": tokens - 1, "completion_tokens": 1})
+            request.state.request_metadata = type("Metadata", (), {"final_usage_info": usage})
+        return JSONResponse({"model": "m"})
+
+    async def wait(self, request: Request) -> Response:
+        """Answer when it may, or notice as vLLM's routes do that the client left."""
+        self.reached += 1
+        await request.body()
+        leaving = asyncio.ensure_future(request.receive())
+        going = asyncio.ensure_future(self.going.wait())
+        await asyncio.wait([leaving, going], return_when=asyncio.FIRST_COMPLETED)
+        if leaving.done():
+            assert leaving.result()["type"] == "http.disconnect"
+            self.left.set()
+        return JSONResponse("late")
+
+    async def stream(self, _request: Request) -> Response:
+        async def parts() -> Any:
+            try:
+                for number in range(10**9):
+                    yield f"data: {number}\n\n"
+                    await asyncio.sleep(0.01)
+            finally:
+                self.left.set()
+
+        return StreamingResponse(parts(), media_type="text/event-stream")
+
+    @property
+    def app(self) -> Starlette:
+        handlers = {"answer": self.answer, "wait": self.wait, "stream": self.stream}
+        paths = {"/v1/completions": self.answer} | {f"/{k}": v for k, v in handlers.items()}
+        return Starlette(
+            routes=[
+                Route(path, handler, methods=["GET", "POST"]) for path, handler in paths.items()
+            ]
+        )
+
+
+def client_of(app: Any, key: str = "a") -> httpx.AsyncClient:
+    headers = {"Authorization": f"Bearer {key}"}
+    transport = httpx.ASGITransport(app=app)
+    return httpx.AsyncClient(transport=transport, base_url="http://server", headers=headers)
+
+
+def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
+    assert answer.status_code == status
+    error: dict[str, Any] = answer.json()["error"]
+    assert error["code"] == status
+    return error
+
+
+def test_a_request_that_asks_too_much_does_not_reach_the_engine() -> None:
+    async def scenario() -> None:
+        application = Application()
+        async with client_of(Arguments(application.app, BOUNDS)) as client:
+            refused = await client.post("/answer", json={"model": "m", "n": 50})
+            assert error_of(refused, 400)["param"] == "n"
+            assert "50 sequences, and 6 are allowed" in error_of(refused, 400)["message"]
+            assert application.reached == 0
+            assert (await client.post("/answer", json={"n": 6})).json() == {"model": "m"}
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_that_does_not_begin_in_time_is_given_up() -> None:
+    async def scenario() -> None:
+        application = Application()
+        async with client_of(Deadline(application.app, 0.2)) as client:
+            late = await client.post("/wait", json={})
+        assert "within 0.2 s" in error_of(late, 408)["message"]
+        assert late.headers["x-should-retry"] == "false"
+        assert application.left.is_set()
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_that_does_not_end_in_time_ends_with_an_error() -> None:
+    async def scenario() -> None:
+        application = Application()
+        async with client_of(Deadline(application.app, 0.2)) as client:
+            answer = await client.post("/stream", json={})
+        assert answer.status_code == 200
+        first, *_, error, done = answer.text.strip().split("\n\n")
+        assert (first, done) == ("data: 0", "data: [DONE]")
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == 408
+        assert application.left.is_set()
+
+    asyncio.run(scenario())
+
+
+def test_what_is_in_time_stays_as_it_is() -> None:
+    async def scenario() -> None:
+        application = Application()
+        application.going.set()
+        async with client_of(Deadline(application.app, 5)) as client:
+            assert (await client.post("/answer", json={})).json() == {"model": "m"}
+
+    asyncio.run(scenario())
+
+
+def limited(application: Application, limits: KeyLimits) -> tuple[Watch, list[Exchange]]:
+    reported: list[Exchange] = []
+    keys = KeyRing(["a", "b"])
+    app = Auth(PerKey(application.app, limits), keys, frozenset(), cross_origin=False)
+    return Watch(app, frozenset(), reported.append), reported
+
+
+def test_each_key_has_its_requests_at_a_time() -> None:
+    async def scenario() -> None:
+        application = Application()
+        app, _ = limited(application, KeyLimits(2, None, None))
+        async with client_of(app) as first, client_of(app, "b") as second:
+            running = [asyncio.ensure_future(first.post("/wait")) for _ in range(2)]
+            while application.reached < 2:
+                await asyncio.sleep(0)
+            refused = await first.post("/answer")
+            assert "2 requests at work" in error_of(refused, 429)["message"]
+            assert int(refused.headers["retry-after"]) == 1
+            assert (await first.get("/answer")).status_code == 200
+            assert (await second.post("/answer")).status_code == 200
+            application.going.set()
+            await asyncio.gather(*running)
+            assert (await first.post("/answer")).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_each_key_has_its_requests_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        application = Application()
+        app, _ = limited(application, KeyLimits(None, 3, None))
+        async with client_of(app) as first, client_of(app, "b") as second:
+            answers = [await first.post("/answer") for _ in range(5)]
+            assert [answer.status_code for answer in answers] == [200, 200, 200, 429, 429]
+            assert "3 requests a minute" in error_of(answers[4], 429)["message"]
+            assert 50 < int(answers[4].headers["retry-after"]) <= 60
+            assert (await second.post("/answer")).status_code == 200
+            began = time.time()
+            monkeypatch.setattr(time, "time", lambda: began + 61)
+            assert (await first.post("/answer")).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_each_key_has_its_tokens_a_minute() -> None:
+    async def scenario() -> None:
+        application = Application()
+        app, reported = limited(application, KeyLimits(None, None, 100))
+        async with client_of(app) as first, client_of(app, "b") as second:
+            answers = [await first.post("/answer?tokens=40") for _ in range(4)]
+            assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+            assert "100 tokens a minute" in error_of(answers[3], 429)["message"]
+            assert [exchange.tokens for exchange in reported] == [40, 40, 40, 1]
+            assert (await second.post("/answer?tokens=40")).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_that_is_left_costs_a_token_a_chunk() -> None:
+    assert Exchange("1", "POST", 0.0, disconnected=True, chunks=7).tokens == 7
+    known = Exchange("1", "POST", 0.0, prompt_tokens=3, generation_tokens=4, chunks=6)
+    assert known.tokens == 7
+
+
+def test_the_openai_client_does_not_repeat_what_took_too_long() -> None:
+    async def scenario() -> None:
+        application = Application()
+        app = Deadline(
+            Starlette(routes=[Route("/v1/completions", application.wait, methods=["POST"])]), 0.2
+        )
+        server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_level="critical"))
+        serving = asyncio.ensure_future(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        url = f"http://127.0.0.1:{port}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="key", max_retries=3) as client:
+            with pytest.raises(openai.APIStatusError) as caught:
+                await client.completions.create(model="m", prompt="hi")
+        assert caught.value.status_code == 408
+        assert application.reached == 1
+        server.should_exit = True
+        await serving
+
+    asyncio.run(scenario())
