@@ -18,6 +18,7 @@ from sliceserve.server.bounds import Bounds
 from sliceserve.server.deadline import Deadline
 from sliceserve.server.drain import METRICS, Drain
 from sliceserve.server.exchange import Exchange, Watch
+from sliceserve.server.faults import Faults
 from sliceserve.server.health import LIVEZ, READYZ, EngineProbe, Health, Lifecycle, Phase
 from sliceserve.server.introspection import show_facts, sliced_facts
 from sliceserve.server.life import run_until_signal
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 _logger = init_logger("vllm.sliceserve")
 
 OWN_PATHS = frozenset({LIVEZ, READYZ, METRICS})
+# By these vLLM lets every client restart the engines with other parallelism, for MoE models.
+CLOSED_PATHS = frozenset({"/scale_elastic_ep", "/is_scaling_elastic_ep"})
 
 
 class Engine(AsyncLLM):  # type: ignore[misc]
@@ -62,6 +65,9 @@ async def create_app(
     supported_tasks = await engine_client.get_supported_tasks()
     app = vllm_compat.build_app(args, supported_tasks, engine_client.model_config)
     app.title = "sliceserve"
+    app.router.routes[:] = [
+        route for route in app.routes if getattr(route, "path", None) not in CLOSED_PATHS
+    ]
     await vllm_compat.init_app_state(engine_client, app.state, args, supported_tasks)
     show_facts(app, sliced_facts(summary))
     return app
@@ -162,7 +168,8 @@ async def serve(
         probe = EngineProbe(engine.answer, settings.probe_timeout)
         limits = Limits(settings.max_requests, settings.max_body_size, settings.body_timeout)
         bounds = Bounds(settings.max_sequences, settings.max_output_tokens, settings.max_stops)
-        bounded = Deadline(Arguments(app, bounds), settings.request_timeout)
+        inner = Arguments(app, bounds)
+        bounded = Deadline(Faults(inner, vllm_compat.READING), settings.request_timeout)
         admission = Admission(bounded, limits)
         of_keys = KeyLimits(
             settings.key_max_requests,

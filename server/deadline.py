@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import TYPE_CHECKING
 
-from starlette.datastructures import Headers
-
-from sliceserve.server.responses import error_object, error_response
+from sliceserve.server.responses import Answer, error_response
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,8 +29,8 @@ class Deadline:
             await self.app(scope, receive, send)
             return
         end = asyncio.get_running_loop().time() + self._seconds
-        expired = ended = False
-        begun: Message | None = None
+        answer = Answer(send)
+        expired = False
 
         async def limited_receive() -> Message:
             nonlocal expired
@@ -41,27 +38,20 @@ class Deadline:
                 async with asyncio.timeout_at(end) as limit:
                     return await receive()
             except TimeoutError:
-                expired = limit.expired() and not ended
+                expired = limit.expired() and not answer.ended
                 return {"type": "http.disconnect"}
 
         async def limited_send(message: Message) -> None:
-            nonlocal begun, ended
-            if expired:
-                return
-            if message["type"] == "http.response.start":
-                begun = message
-            else:
-                ended = not message.get("more_body", False)
-            await send(message)
+            if not expired:
+                await answer.send(message)
 
         await self.app(scope, limited_receive, limited_send)
         if not expired:
             return
         text = f"The request was not answered within {self._seconds:g} s."
-        if begun is None:
+        if not answer.begun:
             # The same request would take as long again; the openai client respects this.
             headers = {"X-Should-Retry": "false"}
             await error_response(408, _KIND, text, headers)(scope, receive, send)
-        elif Headers(raw=begun["headers"]).get("content-type", "").startswith("text/event-stream"):
-            event = f"data: {json.dumps(error_object(408, _KIND, text))}\n\ndata: [DONE]\n\n"
-            await send({"type": "http.response.body", "body": event.encode()})
+        else:
+            await answer.end_stream(408, _KIND, text)

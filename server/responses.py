@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from starlette.types import Message, Send
+
 RETRY_AFTER_S = 5
+EVENTS = "text/event-stream"
+
+
+class Answer:
+    """How far an answer has come, and an orderly end for a stream of events that cannot go on."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._start: Message | None = None
+        self.ended = False
+
+    @property
+    def begun(self) -> bool:
+        """Whether its status has been sent."""
+        return self._start is not None
+
+    async def send(self, message: Message) -> None:
+        """Pass a message on; in the place of the server's own."""
+        if message["type"] == "http.response.start":
+            self._start = message
+        else:
+            self.ended = not message.get("more_body", False)
+        await self._send(message)
+
+    async def end_stream(self, status: int, kind: str, message: str) -> bool:
+        """End a stream of events with an error; False if there is none that is under way."""
+        if self._start is None or self.ended:
+            return False
+        if not Headers(raw=self._start["headers"]).get("content-type", "").startswith(EVENTS):
+            return False
+        event = f"data: {json.dumps(error_object(status, kind, message))}\n\ndata: [DONE]\n\n"
+        await self.send({"type": "http.response.body", "body": event.encode()})
+        return True
 
 
 def error_object(status: int, kind: str, message: str, param: str | None = None) -> dict[str, Any]:

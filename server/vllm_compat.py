@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.datastructures import State
 
+# Where vLLM makes a prompt of a request; what fails there is no fault of the server's.
+READING = (
+    "vllm.renderers",
+    "vllm.entrypoints.chat_utils",
+    "vllm.entrypoints.openai.responses.utils",
+)
 _HOMES = {
     "SSLCertRefresher": (
         "vllm.entrypoints.launchers.utils.ssl",

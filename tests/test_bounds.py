@@ -19,6 +19,7 @@ from sliceserve.server.auth import Auth, KeyRing
 from sliceserve.server.bounds import STOP_CHARACTERS, Bounds, find_excess
 from sliceserve.server.deadline import Deadline
 from sliceserve.server.exchange import Exchange, Watch
+from sliceserve.server.faults import Faults
 from sliceserve.server.per_key import KeyLimits, PerKey
 
 BOUNDS = Bounds(sequences=6, output_tokens=100, stops=2)
@@ -170,6 +171,72 @@ def test_what_is_in_time_stays_as_it_is() -> None:
             assert (await client.post("/answer", json={})).json() == {"model": "m"}
 
     asyncio.run(scenario())
+
+
+class Failing:
+    """Fails after so many messages of an answer."""
+
+    def __init__(self, media_type: str, messages: int, status: int = 200) -> None:
+        self.media_type, self.messages, self.status = media_type, messages, status
+
+    async def __call__(self, _scope: Any, _receive: Any, send: Any) -> None:
+        header = (b"content-type", self.media_type.encode())
+        start = {"type": "http.response.start", "status": self.status, "headers": [header]}
+        part = {"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True}
+        for message in [start, part][: self.messages]:
+            await send(message)
+        raise RuntimeError("secret of the house")
+
+
+@pytest.mark.parametrize(("messages", "status"), [(0, 500), (1, 200), (2, 200)])
+def test_a_failure_ends_a_stream_in_order(
+    messages: int, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def once() -> httpx.Response:
+        watch = Watch(Faults(Failing("text/event-stream; charset=utf-8", messages)), frozenset())
+        async with client_of(watch) as client:
+            return await client.post("/", headers={"X-Request-ID": "mine"})
+
+    answer = asyncio.run(once())
+    assert answer.status_code == status
+    assert "secret" not in answer.text
+    *_, error = [part for part in answer.text.split("\n\n") if part and "[DONE]" not in part]
+    told = json.loads(error.removeprefix("data: "))["error"]
+    assert told["code"] == 500
+    assert "request mine" in told["message"]
+    assert answer.text.endswith("data: [DONE]\n\n") == bool(messages)
+    assert "secret of the house" in caplog.text
+
+
+def test_what_fails_while_a_request_is_read_is_the_requests_fault() -> None:
+    async def once(*reading: str) -> httpx.Response:
+        # As Starlette does: a 500 without a reason, and then the exception.
+        async with client_of(Faults(Failing("text/plain", 2, status=500), reading)) as client:
+            return await client.post("/")
+
+    assert error_of(asyncio.run(once(__name__)), 400)["type"] == "BadRequestError"
+    assert "log says why" in error_of(asyncio.run(once("elsewhere")), 500)["message"]
+
+
+def test_an_answer_of_500_without_an_exception_stays_as_it_is() -> None:
+    async def fails(_request: Request) -> Response:
+        return JSONResponse({"error": {"code": 500, "message": "mine"}}, 500)
+
+    async def once() -> httpx.Response:
+        app = Starlette(routes=[Route("/", fails, methods=["POST"])])
+        async with client_of(Faults(app)) as client:
+            return await client.post("/")
+
+    assert error_of(asyncio.run(once()), 500)["message"] == "mine"
+
+
+def test_what_is_no_stream_of_events_is_cut() -> None:
+    async def once() -> None:
+        async with client_of(Faults(Failing("text/plain", 2))) as client:
+            await client.post("/")
+
+    with pytest.raises(RuntimeError):
+        asyncio.run(once())
 
 
 def limited(application: Application, limits: KeyLimits) -> tuple[Watch, list[Exchange]]:

@@ -111,7 +111,13 @@ def test_every_route_of_the_running_server_needs_a_key(server: ServerProcess) ->
         for method in operations
         if path != "/metrics"
     ]
-    assert {"/v1/models", "/tokenize", "/invocations", "/health"} <= {path for _, path in routes}
+    paths = {path for _, path in routes}
+    assert {"/v1/models", "/tokenize", "/invocations", "/health"} <= paths
+    assert not [path for path in paths if "elastic" in path], "these restart the engines"
+    closed = httpx.post(
+        f"{server.url}/scale_elastic_ep", headers={"Authorization": f"Bearer {KEY}"}
+    )
+    assert closed.status_code == 404
     routes += [("get", path) for path in ("/", "/docs", "/openapi.json", "/no/such/route")]
     for method, path in routes:
         answer = httpx.request(method, f"{server.url}{path}", timeout=30)

@@ -1,0 +1,72 @@
+"""What a client is told when the application fails: never a broken stream, never a traceback."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from typing import TYPE_CHECKING
+
+from sliceserve.server.exchange import exchange_of
+from sliceserve.server.responses import Answer, error_response
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_logger = logging.getLogger("vllm.sliceserve.faults")
+ERROR = 500
+_KIND = "InternalServerError"
+
+
+class Faults:
+    """ASGI layer that ends an answer which the application could not.
+
+    vLLM's routes answer most errors themselves; what they raise within a stream would cut it off,
+    and where vLLM stumbles over a request as it reads it, the request is at fault.
+    """
+
+    def __init__(self, app: ASGIApp, reading: tuple[str, ...] = ()) -> None:
+        """Wrap the application; `reading` names the modules in which it reads requests."""
+        self.app, self._reading = app, reading
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, and end its answer if nobody else has."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        answer = Answer(send)
+        # The application's own 500 comes before the exception that says what it is about.
+        held: list[Message] = []
+
+        async def holding(message: Message) -> None:
+            if held or message.get("status") == ERROR:
+                held.append(message)
+            else:
+                await answer.send(message)
+
+        try:
+            await self.app(scope, receive, holding)
+        except Exception as error:
+            exchange = exchange_of(scope)
+            name = exchange.id if exchange is not None else "without an id"
+            if not answer.begun and self._stumbled(error):
+                _logger.warning("Request %s cannot be read.", name, exc_info=True)
+                text = "The request has an input that the model or this server cannot take."
+                await error_response(400, "BadRequestError", text)(scope, receive, send)
+                return
+            _logger.exception("Request %s failed.", name)
+            text = f"The request failed; the server's log says why of request {name}."
+            if not answer.begun:
+                await error_response(ERROR, _KIND, text)(scope, receive, send)
+            elif not answer.ended and not await answer.end_stream(ERROR, _KIND, text):
+                raise
+            return
+        for message in held:
+            await answer.send(message)
+
+    def _stumbled(self, error: Exception) -> bool:
+        """Whether the error comes from where requests are read, or from what that calls."""
+        modules = [
+            frame.f_globals.get("__name__", "")
+            for frame, _ in traceback.walk_tb(error.__traceback__)
+        ]
+        return any(module.startswith(self._reading) for module in modules)
