@@ -329,9 +329,10 @@ def test_no_key_was_ever_logged(server: ServerProcess) -> None:
 
 @pytest.fixture(scope="module")
 def hurried(tiny_sliced: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server that gives requests little time and keys few tokens."""
+    """A server that gives requests little time and keys few tokens, its access log a full disk."""
     log = tmp_path_factory.mktemp("hurried") / "log"
     options = ["--request-timeout", "3", "--key-tokens-per-minute", "900", "--metrics-public"]
+    options += ["--access-log", "/dev/full"]
     keys = f"{FIXED_KEY},{OTHER_KEY}"
     with serving(tiny_sliced, log, *options, SLICESERVE_API_KEY=keys) as server:
         server.wait_for("/readyz", 200)
@@ -369,5 +370,6 @@ def test_a_killed_engine_ends_streams_and_the_server(hurried: ServerProcess) -> 
         rest = "".join(answer.iter_lines())
     assert '"error"' in rest
     assert "Traceback" not in rest
+    assert hurried.log.read_text().count("The access log loses lines") == 1
     assert hurried.process.wait(STOP_SECONDS) == 1, hurried.log.read_text()
     wait_until_gone(hurried.process.pid)
