@@ -127,6 +127,13 @@ def guarded(
     return Health(app, lifecycle, probe, overloaded)
 
 
+def traced(app: ASGIApp, routes: frozenset[str]) -> ASGIApp:
+    """Return the application with a span a request."""
+    from sliceserve.server.tracing import Trace  # needs what vLLM needs for its own traces only
+
+    return Trace(app, routes, OWN_PATHS)
+
+
 def known_paths(app: FastAPI) -> frozenset[str]:
     """Return the paths of the application's routes and of ours."""
     paths = (getattr(route, "path", None) for route in app.routes)
@@ -178,7 +185,10 @@ async def serve(
         )
         drain = Drain(PerKey(admission, of_keys), lifecycle)
         serving = guarded(drain, access, lifecycle, probe, lambda: admission.full)
-        watch = Watch(serving, known_paths(app), metrics.count_response, log)
+        routes = known_paths(app)
+        if args.otlp_traces_endpoint:
+            serving = traced(serving, routes)
+        watch = Watch(serving, routes, metrics.count_response, log)
         listener = make_listener(watch, args)
         app.state.server = listener  # vLLM's handlers of a dead engine's errors stop it
         _logger.info("Serving %s on %s", ", ".join(args.served_model_name), address)

@@ -128,15 +128,17 @@ class Watch:
             if exchange.status is None and not exchange.disconnected:
                 exchange.status = 500  # what the HTTP server answers to an exception
             exchange.seconds = time.monotonic() - began
-            exchange.route = self._route(inner)
+            exchange.route = route_of(inner, self._routes)
             take_usage(exchange, inner)
             for report in self._report:
                 report(exchange)
 
-    def _route(self, scope: Scope) -> str:
-        # Set by the router, where the request came so far.
-        path = getattr(scope.get("route"), "path", scope["path"])
-        return path if path in self._routes else OTHER_ROUTE
+
+def route_of(scope: Scope, routes: frozenset[str]) -> str:
+    """Return the template of the route that a request took, `OTHER_ROUTE` if it is not of these."""
+    # Set by the router, where the request came so far.
+    path = getattr(scope.get("route"), "path", scope["path"])
+    return path if path in routes else OTHER_ROUTE
 
 
 def _request_id(scope: Scope) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from otlp_collector import Collector, collecting
 from prometheus_client.parser import text_string_to_metric_families
 from server_process import STOP_SECONDS, ServerProcess, serving, wait_until_gone
 
@@ -328,13 +329,25 @@ def test_no_key_was_ever_logged(server: ServerProcess) -> None:
 
 
 @pytest.fixture(scope="module")
-def hurried(tiny_sliced: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def collector() -> Iterator[Collector]:
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def hurried(
+    tiny_sliced: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
     """A server that gives requests little time and keys few tokens, its access log a full disk."""
     log = tmp_path_factory.mktemp("hurried") / "log"
     options = ["--request-timeout", "3", "--key-tokens-per-minute", "900", "--metrics-public"]
-    options += ["--access-log", "/dev/full"]
-    keys = f"{FIXED_KEY},{OTHER_KEY}"
-    with serving(tiny_sliced, log, *options, SLICESERVE_API_KEY=keys) as server:
+    options += ["--access-log", "/dev/full", "--otlp-traces-endpoint", collector.url]
+    environment = {
+        "SLICESERVE_API_KEY": f"{FIXED_KEY},{OTHER_KEY}",
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+        "OTEL_BSP_SCHEDULE_DELAY": "100",
+    }
+    with serving(tiny_sliced, log, *options, **environment) as server:
         server.wait_for("/readyz", 200)
         yield server
 
@@ -346,6 +359,31 @@ def test_a_key_has_its_tokens_a_minute(hurried: ServerProcess) -> None:
     assert refused.status_code == 429
     assert "900 tokens a minute" in refused.json()["error"]["message"]
     assert post(hurried, FIXED_KEY).status_code == 200
+
+
+def test_a_trace_leads_from_the_client_to_the_engine(
+    hurried: ServerProcess, collector: Collector
+) -> None:
+    trace, client = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    answer = httpx.post(
+        f"{hurried.url}/v1/completions",
+        json={"model": "sliced", "prompt": "hi", "max_tokens": 3},
+        headers={
+            "Authorization": f"Bearer {FIXED_KEY}",
+            "traceparent": f"00-{trace}-{client}-01",
+            "X-Request-ID": "traced",
+        },
+        timeout=60,
+    )
+    assert answer.status_code == 200
+    ours = collector.wait_for(lambda span: span.parent_span_id == bytes.fromhex(client))
+    theirs = collector.wait_for(lambda span: span.parent_span_id == ours.span_id)
+    assert {ours.trace_id, theirs.trace_id} == {bytes.fromhex(trace)}
+    assert ours.name == "POST /v1/completions"
+    values = {pair.key: pair.value for pair in ours.attributes}
+    assert values["http.response.status_code"].int_value == 200
+    assert values["sliceserve.request.id"].string_value == "traced"
+    assert "gen_ai.usage.completion_tokens" in {pair.key for pair in theirs.attributes}
 
 
 def test_what_takes_too_long_ends_and_frees_the_engine(hurried: ServerProcess) -> None:

@@ -1,0 +1,117 @@
+"""What clients send: the openai client in its many ways, and what nobody would send.
+
+The latter is made by Schemathesis from the server's description; `FUZZ_EXAMPLES` says how much for
+an operation.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from jsonschema import validate
+from server_process import ServerProcess, serving
+
+KEY = "fuzz"
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "15"))
+NOT_IMPLEMENTED = 501
+
+
+@pytest.fixture(scope="module")
+def server(tiny_sliced: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    log = tmp_path_factory.mktemp("fuzz") / "log"
+    template = log.with_name("template")
+    template.write_text("{{ messages[0]['content'] }}")
+    options = ("--chat-template", str(template), "--request-timeout", "20")
+    with serving(tiny_sliced, log, *options, SLICESERVE_API_KEY=KEY) as server:
+        server.wait_for("/readyz", 200)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+
+
+ASKED: dict[str, Any] = {"model": "sliced", "messages": [{"role": "user", "content": "Pick one."}]}
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}, "size": {"enum": [1, 22, 333]}},
+    "required": ["colour", "size"],
+    "additionalProperties": False,
+}
+
+
+def test_structured_output_follows_its_schema(client: openai.OpenAI) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "pick", "schema": SCHEMA}}
+    answer = client.chat.completions.create(**ASKED, response_format=form, max_tokens=200)
+    validate(json.loads(answer.choices[0].message.content or ""), SCHEMA)
+
+
+def test_a_named_tool_is_called_with_arguments_of_its_schema(client: openai.OpenAI) -> None:
+    tools: Any = [{"type": "function", "function": {"name": "pick", "parameters": SCHEMA}}]
+    choice: Any = {"type": "function", "function": {"name": "pick"}}
+    answer = client.chat.completions.create(
+        **ASKED, tools=tools, tool_choice=choice, max_tokens=200
+    )
+    calls: Any = answer.choices[0].message.tool_calls
+    assert [call.function.name for call in calls] == ["pick"]
+    validate(json.loads(calls[0].function.arguments), SCHEMA)
+
+
+def test_a_stream_adds_up_to_the_answer_in_one_piece(client: openai.OpenAI) -> None:
+    asked = ASKED | {"max_tokens": 20, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    whole = client.chat.completions.create(**asked)
+    parts = list(
+        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert text == whole.choices[0].message.content
+    assert parts[-1].usage == whole.usage
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 20
+
+
+def test_a_client_that_gives_up_can_ask_again(client: openai.OpenAI) -> None:
+    asked = {"model": "sliced", "prompt": "hi", "max_tokens": 5}
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.001).completions.create(**asked)
+    assert client.completions.create(**asked).usage
+
+
+def test_no_request_breaks_the_server(server: ServerProcess) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    description = schemathesis.openapi.from_url(f"{server.url}/openapi.json", headers=headers)
+    answers: Counter[int] = Counter()
+    for found in description.get_all_operations():
+        operation = found.ok()
+
+        @settings(
+            max_examples=EXAMPLES,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=operation.as_strategy())
+        def ask(case: Any) -> None:
+            if isinstance(case.body, dict) and "model" in case.body:
+                # Else most would end with: there is no such model.
+                case.body["model"] = "sliced"
+            answer = case.call(headers=headers, timeout=60)
+            answers[answer.status_code] += 1
+            told = (case.operation.label, answer.status_code, answer.text)
+            assert answer.status_code < 500 or answer.status_code == NOT_IMPLEMENTED, told
+            assert "Traceback" not in answer.text, told
+            if answer.status_code >= 400:
+                assert answer.json()["error"]["message"], told
+
+        ask()
+    print(dict(answers))
+    assert answers[200] > EXAMPLES
+    assert server.wait_for("/readyz", 200, 503).status_code == 200
