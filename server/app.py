@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY
 from vllm.logger import init_logger
+from vllm.third_party import pynvml
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from sliceserve.server import vllm_compat
@@ -16,11 +18,12 @@ from sliceserve.server.arguments import Arguments
 from sliceserve.server.auth import Auth, KeyRing
 from sliceserve.server.drain import METRICS, Drain
 from sliceserve.server.exchange import Exchange, Watch
+from sliceserve.server.gpus import GpuReader, engine_gpus, watching_gpus
 from sliceserve.server.health import LIVEZ, READYZ, EngineProbe, Health, Lifecycle, Phase
 from sliceserve.server.introspection import show_facts, sliced_facts
 from sliceserve.server.life import run_until_signal
 from sliceserve.server.listener import listening, make_listener
-from sliceserve.server.metrics import ServerMetrics
+from sliceserve.server.metrics import Refreshing, ServerMetrics
 from sliceserve.server.responses import unavailable
 
 if TYPE_CHECKING:
@@ -147,6 +150,7 @@ async def serve(
             lifecycle.enter(Phase.STARTING, "loading the model")
             try:
                 metrics = create_metrics(vllm_config, summary)
+                gpus = GpuReader(pynvml, engine_gpus(vllm_config, os.environ))
                 engine = start_engine(vllm_config, args, metrics)
             except Exception:
                 _logger.exception("The engine did not start.")
@@ -160,12 +164,14 @@ async def serve(
         limits = Limits(settings.max_requests, settings.max_body_size, settings.body_timeout)
         admission = Admission(Arguments(app), limits)
         drain = Drain(admission, lifecycle)
-        serving = guarded(drain, access, lifecycle, probe, lambda: admission.full)
+        current = Refreshing(drain, lambda: metrics.refresh(admission.running))
+        serving = guarded(current, access, lifecycle, probe, lambda: admission.full)
         watch = Watch(serving, known_paths(app), metrics.count_response, log)
         listener = make_listener(watch, args)
         app.state.server = listener  # vLLM's handlers of a dead engine's errors stop it
         _logger.info("Serving %s on %s", ", ".join(args.served_model_name), address)
         lifecycle.enter(Phase.SERVING, "answering requests")
+        cleanup.enter_context(watching_gpus(gpus, metrics.set_gpu_readings))
         cleanup.enter_context(vllm_compat.refreshing_certificates(listener.config, args))
         return await run_until_signal(
             listener, bound, engine, drain, lifecycle, settings.drain_timeout
