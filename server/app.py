@@ -24,6 +24,7 @@ from sliceserve.server.introspection import show_facts, sliced_facts
 from sliceserve.server.life import run_until_signal
 from sliceserve.server.listener import listening, make_listener
 from sliceserve.server.metrics import Refreshing, ServerMetrics
+from sliceserve.server.progress import shared_progress
 from sliceserve.server.responses import unavailable
 
 if TYPE_CHECKING:
@@ -146,8 +147,8 @@ async def serve(
     lifecycle = Lifecycle()
     starting = guarded(still_starting, access, lifecycle)
     with ExitStack() as cleanup:
-        with listening(Watch(starting, OWN_PATHS, log), args, bound):
-            lifecycle.enter(Phase.STARTING, "loading the model")
+        with listening(Watch(starting, OWN_PATHS, log), args, bound), shared_progress() as loaded:
+            lifecycle.enter(Phase.STARTING, "loading the model", loaded)
             try:
                 metrics = create_metrics(vllm_config, summary)
                 gpus = GpuReader(pynvml, engine_gpus(vllm_config, os.environ))
