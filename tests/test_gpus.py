@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helm_render import GPU_SERIES
 from prometheus_client import CollectorRegistry
 from vllm.third_party import pynvml
 
@@ -134,7 +135,9 @@ def exported(readings: list[dict[str, GpuReading]]) -> dict[tuple[str, str], str
 
 
 def test_a_part_of_a_gpu_is_named_by_its_uuid_and_has_no_utilization() -> None:
-    assert exported([GpuReader(Nvml(1), [PART]).read()]) == {
+    found = exported([GpuReader(Nvml(1), [PART]).read()])
+    assert {f"sliceserve_gpu_{name}" for name, _ in found} == GPU_SERIES
+    assert found == {
         ("memory_used_bytes", PART): str(5.0 * GIB),
         ("memory_total_bytes", PART): str(80.0 * GIB),
         ("utilization_ratio", PART): "nan",
