@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from helm_render import GPU_SERIES
 from prometheus_client import CollectorRegistry
+from vllm.config import ParallelConfig
 from vllm.third_party import pynvml
 
 from sliceserve.server.gpus import GpuReader, GpuReading, engine_gpus, watching_gpus
@@ -104,6 +105,12 @@ def test_the_gpus_of_the_engine_are_those_that_vllm_takes(
 ) -> None:
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     assert engine_gpus(config(**parallel), environment) == expected
+
+
+def test_vllms_own_configuration_has_what_is_asked_of_it() -> None:
+    found = config()
+    found.parallel_config = ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=2)
+    assert engine_gpus(found, {"CUDA_VISIBLE_DEVICES": "4,5,6,7,8"}) == ["4", "5", "6", "7"]
 
 
 def test_a_server_on_a_cpu_has_no_gpus_even_where_there_are_some() -> None:
