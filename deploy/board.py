@@ -47,21 +47,33 @@ def by_instance(series: str) -> dict[str, str]:
     return {"{{instance}}": f"sum by (instance) ({of(series)})"}
 
 
+def by_gpu(name: str) -> str:
+    """Return a gauge, a line a GPU."""
+    return f"sum by (instance, gpu) ({of(f'sliceserve_gpu_{name}')})"
+
+
 def quantiles(series: str) -> dict[str, str]:
     """Return the quantiles of a histogram."""
     rates = f"sum by (le) (rate({of(series + '_bucket')}[$__rate_interval]))"
     return {f"p{q * 100:g}": f"histogram_quantile({q:g}, {rates})" for q in QUANTILES}
 
 
-GPU_MS = (
-    f"1000 * sum({of('sliceserve_gpus')}) / "
-    f"sum(rate({of('sliceserve_generation_tokens_total')}[5m]))"
-)
+def gpu_ms(by: str = "") -> str:
+    """Return GPU-milliseconds over tokens written, of 5 minutes."""
+    time, tokens = (
+        f"sum{by}(rate({of(f'sliceserve_{name}_total')}[5m]))"
+        for name in ("gpu_seconds", "generation_tokens")
+    )
+    return f"1000 * {time} / {tokens}"
+
+
 PARAMETERS = {
     form: f"sum({of('sliceserve_parameters', f',form={json.dumps(form)}')})"
     for form in ("dense", "sliced")
 }
 PREFIX = "vllm:prefix_cache"
+GPU = "{{instance}} GPU {{gpu}}"
+MEMORY_SHARE = f"{by_gpu('memory_used_bytes')} / {by_gpu('memory_total_bytes')}"
 RESPONSES = "sliceserve_http_responses_total"
 ERRORS = f"{rate(RESPONSES, ',status=~' + json.dumps('5..'))} / {rate(RESPONSES)}"
 
@@ -74,7 +86,7 @@ TILES = [
     Panel(
         "GPU-ms per token",
         "ms",
-        {"": GPU_MS},
+        {"": gpu_ms()},
         "GPUs × time over tokens written, 5 minutes: the paper's measure when the server is busy",
     ),
     Panel(
@@ -95,7 +107,7 @@ ROWS = {
         Panel("Time to first token", "s", quantiles("sliceserve_time_to_first_token_seconds")),
         Panel("Time per output token", "s", quantiles("sliceserve_time_per_output_token_seconds")),
         Panel("Whole request", "s", quantiles("sliceserve_request_latency_seconds")),
-        Panel("In the queue", "s", quantiles("vllm:request_queue_time_seconds")),
+        Panel("In the queue", "s", quantiles("sliceserve_queue_time_seconds")),
     ],
     "Admission": [
         Panel(
@@ -106,8 +118,38 @@ ROWS = {
             },
             "429: no room; 503: starting or leaving; disconnected: the client left",
         ),
+        Panel(
+            "Refused requests",
+            "reqps",
+            {
+                "{{reason}}": "sum by (reason) "
+                f"(rate({of('sliceserve_rejected_total')}[$__rate_interval]))"
+            },
+            "before they reached the engine",
+        ),
         Panel("Requests at work", "short", by_instance("vllm:num_requests_running")),
         Panel("Requests waiting", "short", by_instance("vllm:num_requests_waiting")),
+    ],
+    "GPUs": [
+        Panel(
+            "GPU-ms per token",
+            "ms",
+            {"{{model_name}}": gpu_ms(" by (model_name) ")},
+            "5 minutes; idle GPUs count too",
+        ),
+        Panel(
+            "GPU memory in use",
+            "bytes",
+            {GPU: by_gpu("memory_used_bytes")},
+            "by all processes; vLLM takes its share at the start",
+        ),
+        Panel("GPU memory in use, of all", "percentunit", {GPU: MEMORY_SHARE}),
+        Panel(
+            "GPU utilization",
+            "percentunit",
+            {GPU: by_gpu("utilization_ratio")},
+            "share of time in which a kernel ran, however few of the cores it took",
+        ),
     ],
     "Engines": [
         Panel("KV cache in use", "percentunit", by_instance("vllm:kv_cache_usage_perc")),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
 
+from sliceserve.server.exchange import Refusal, note_refusal
 from sliceserve.server.responses import error_response
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ class Admission:
         self._running = 0
 
     @property
+    def running(self) -> int:
+        """How many requests are let in and not over."""
+        return self._running
+
+    @property
     def full(self) -> bool:
         """Whether the next request would be refused."""
         return self._running >= self._limits.requests
@@ -61,6 +67,7 @@ class Admission:
             message = f"The server has {self._limits.requests} requests at work; try again."
             headers = {"Retry-After": str(RETRY_AFTER_S)}
             refusal = error_response(429, "RateLimitError", message, headers)
+            note_refusal(scope, Refusal.FULL)
             await refusal(scope, receive, send)
             return
         self._running += 1
@@ -74,7 +81,7 @@ class Admission:
         limit = self._limits.body_bytes
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced) > limit:
-            return _too_large(limit)
+            return _too_large(scope, limit)
         chunks: list[bytes] = []
         size = 0
         try:
@@ -86,15 +93,17 @@ class Admission:
                     chunks.append(message.get("body", b""))
                     size += len(chunks[-1])
                     if size > limit:
-                        return _too_large(limit)
+                        return _too_large(scope, limit)
                     if not message.get("more_body", False):
                         return b"".join(chunks)
         except TimeoutError:
+            note_refusal(scope, Refusal.BODY_TOO_SLOW)
             text = f"The body did not arrive within {self._limits.body_seconds:g} s."
             return error_response(408, "RequestTimeoutError", text, {"Connection": "close"})
 
 
-def _too_large(limit: int) -> JSONResponse:
+def _too_large(scope: Scope, limit: int) -> JSONResponse:
+    note_refusal(scope, Refusal.BODY_TOO_LARGE)
     # The connection stays open: closing it under a sender would lose the answer.
     return error_response(413, "RequestTooLargeError", f"The body is larger than {limit} bytes.")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY
 from vllm.logger import init_logger
+from vllm.third_party import pynvml
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from sliceserve.server import vllm_compat
@@ -19,12 +21,14 @@ from sliceserve.server.deadline import Deadline
 from sliceserve.server.drain import METRICS, Drain
 from sliceserve.server.exchange import Exchange, Watch
 from sliceserve.server.faults import Faults
+from sliceserve.server.gpus import GpuReader, engine_gpus, watching_gpus
 from sliceserve.server.health import LIVEZ, READYZ, EngineProbe, Health, Lifecycle, Phase
 from sliceserve.server.introspection import show_facts, sliced_facts
 from sliceserve.server.life import run_until_signal
 from sliceserve.server.listener import listening, make_listener
-from sliceserve.server.metrics import ServerMetrics
+from sliceserve.server.metrics import Refreshing, ServerMetrics
 from sliceserve.server.per_key import KeyLimits, PerKey
+from sliceserve.server.progress import shared_progress
 from sliceserve.server.responses import unavailable
 
 if TYPE_CHECKING:
@@ -159,10 +163,11 @@ async def serve(
     lifecycle = Lifecycle()
     starting = guarded(still_starting, access, lifecycle)
     with ExitStack() as cleanup:
-        with listening(Watch(starting, OWN_PATHS, log), args, bound):
-            lifecycle.enter(Phase.STARTING, "loading the model")
+        with listening(Watch(starting, OWN_PATHS, log), args, bound), shared_progress() as loaded:
+            lifecycle.enter(Phase.STARTING, "loading the model", loaded)
             try:
                 metrics = create_metrics(vllm_config, summary)
+                gpus = GpuReader(pynvml, engine_gpus(vllm_config, os.environ))
                 engine = start_engine(vllm_config, args, metrics)
             except Exception:
                 _logger.exception("The engine did not start.")
@@ -184,7 +189,8 @@ async def serve(
             settings.key_tokens_per_minute,
         )
         drain = Drain(PerKey(admission, of_keys), lifecycle)
-        serving = guarded(drain, access, lifecycle, probe, lambda: admission.full)
+        current = Refreshing(drain, lambda: metrics.refresh(admission.running))
+        serving = guarded(current, access, lifecycle, probe, lambda: admission.full)
         routes = known_paths(app)
         if args.otlp_traces_endpoint:
             serving = traced(serving, routes)
@@ -193,6 +199,7 @@ async def serve(
         app.state.server = listener  # vLLM's handlers of a dead engine's errors stop it
         _logger.info("Serving %s on %s", ", ".join(args.served_model_name), address)
         lifecycle.enter(Phase.SERVING, "answering requests")
+        cleanup.enter_context(watching_gpus(gpus, metrics.set_gpu_readings))
         cleanup.enter_context(vllm_compat.refreshing_certificates(listener.config, args))
         return await run_until_signal(
             listener, bound, engine, drain, lifecycle, settings.drain_timeout

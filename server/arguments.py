@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from sliceserve.server.bounds import Bounds, find_excess
-from sliceserve.server.exchange import exchange_of
+from sliceserve.server.exchange import Refusal, exchange_of, note_refusal
 from sliceserve.server.responses import error_response
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Arguments:
             exchange.model = model
         excess = find_excess(given, self._bounds)
         if excess is not None:
+            note_refusal(scope, Refusal.ASKS_TOO_MUCH)
             refusal = error_response(400, "BadRequestError", excess.message, param=excess.argument)
             await refusal(scope, receive, send)
             return

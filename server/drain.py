@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from sliceserve.server.exchange import Refusal, note_refusal
 from sliceserve.server.health import Lifecycle, Phase
 from sliceserve.server.responses import unavailable
 
@@ -32,6 +33,7 @@ class Drain:
             await self.app(scope, receive, send)
             return
         if self._lifecycle.phase is Phase.DRAINING:
+            note_refusal(scope, Refusal.DRAINING)
             await unavailable("The server is shutting down; try again.")(scope, receive, send)
             return
         self.running += 1

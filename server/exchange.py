@@ -6,6 +6,7 @@ import re
 import time
 import uuid
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -21,6 +22,19 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _SCOPE_KEY = "sliceserve.exchange"
 
 
+class Refusal(StrEnum):
+    """Why a request with a valid key was refused before it reached vLLM; a label's values."""
+
+    FULL = "full"
+    DRAINING = "draining"
+    BODY_TOO_LARGE = "body_too_large"
+    BODY_TOO_SLOW = "body_too_slow"
+    ASKS_TOO_MUCH = "asks_too_much"
+    KEY_FULL = "key_full"
+    KEY_REQUESTS = "key_requests_per_minute"
+    KEY_TOKENS = "key_tokens_per_minute"
+
+
 @dataclass
 class Exchange:
     """A request and its answer, filled in by the layers that it passes.
@@ -33,6 +47,7 @@ class Exchange:
         key: the name of the key that opened the server, never the key.
         model: what the client asked for, as it is.
         status: None if no answer began.
+        refused: None if vLLM was asked, or would have been.
         disconnected: the client left before the end of the answer.
         prompt_tokens: None where vLLM does not say.
         generation_tokens: the same.
@@ -49,6 +64,7 @@ class Exchange:
     key: str | None = None
     model: str | None = None
     status: int | None = None
+    refused: Refusal | None = None
     disconnected: bool = False
     prompt_tokens: int | None = None
     generation_tokens: int | None = None
@@ -68,6 +84,12 @@ def exchange_of(scope: Scope) -> Exchange | None:
     """Return the exchange that a layer within `Watch` may fill in."""
     found: Exchange | None = scope.get(_SCOPE_KEY)
     return found
+
+
+def note_refusal(scope: Scope, reason: Refusal) -> None:
+    """Note why the request is refused; one outside `Watch`, such as a WebSocket, is not noted."""
+    if (exchange := exchange_of(scope)) is not None:
+        exchange.refused = reason
 
 
 class Watch:

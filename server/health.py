@@ -39,15 +39,24 @@ class Lifecycle:
     phase: Phase = Phase.STARTING
     step: str = "reading the options"
     since: float = field(default_factory=time.monotonic)
+    weights_loaded: Callable[[], float | None] = lambda: None
 
-    def enter(self, phase: Phase, step: str) -> None:
-        """Begin a step."""
+    def enter(
+        self,
+        phase: Phase,
+        step: str,
+        weights_loaded: Callable[[], float | None] = lambda: None,
+    ) -> None:
+        """Begin a step, and tell how to find out what share of the weights is loaded in it."""
         self.phase, self.step, self.since = phase, step, time.monotonic()
+        self.weights_loaded = weights_loaded
 
     def describe(self) -> dict[str, Any]:
-        """Return the phase, the step and the seconds it has taken."""
+        """Return the phase, the step, the seconds it has taken and, where known, its progress."""
         seconds = round(time.monotonic() - self.since, 1)
-        return {"status": self.phase.value, "step": self.step, "seconds": seconds}
+        state = {"status": self.phase.value, "step": self.step, "seconds": seconds}
+        loaded = self.weights_loaded()
+        return state if loaded is None else state | {"weights_loaded": loaded}
 
 
 class EngineProbe:

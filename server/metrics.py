@@ -6,15 +6,23 @@ Their source is what vLLM's engine reports to its stat loggers after every step.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from sliceserve.server.drain import METRICS
+from sliceserve.server.exchange import Refusal
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from prometheus_client import CollectorRegistry
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from sliceserve.server.exchange import Exchange
+    from sliceserve.server.gpus import GpuReading
 
 # The bucket bounds that OpenTelemetry's GenAI conventions recommend for
 # gen_ai.server.request.duration, time_to_first_token and time_per_output_token.
@@ -34,7 +42,12 @@ TIME_PER_OUTPUT_TOKEN_BUCKETS = (
 class ServerMetrics:
     """All ``sliceserve_`` series of one process; create one per registry."""
 
-    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        model_name: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         def histogram(name: str, documentation: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(
                 name, documentation, ["model_name"], buckets=buckets, registry=registry
@@ -45,22 +58,48 @@ class ServerMetrics:
                 model_name
             )
 
-        self._model_name = model_name
         # The multiprocess mode has an effect only under PROMETHEUS_MULTIPROC_DIR; without it
         # the gauges would get a pid label there.
-        self._gpus = Gauge(
+        def gauge(name: str, documentation: str, *labels: str) -> Gauge:
+            return Gauge(
+                name,
+                documentation,
+                ["model_name", *labels],
+                registry=registry,
+                multiprocess_mode="mostrecent",
+            )
+
+        self._model_name, self._clock = model_name, clock
+        self._gpu_count, self._counted_until = 0, clock()
+        self._gpus = gauge(
             "sliceserve_gpus",
             "GPUs that the engine uses: all tensor, pipeline and data parallel ranks; 0 on a CPU.",
-            ["model_name"],
-            registry=registry,
-            multiprocess_mode="mostrecent",
         ).labels(model_name)
-        self._parameters = Gauge(
+        self._gpu_seconds = counter(
+            "sliceserve_gpu_seconds",
+            "GPUs that the engine uses times seconds since its start, loading and idling included.",
+        )
+        self._gpu_memory_used = gauge(
+            "sliceserve_gpu_memory_used_bytes",
+            "GPU memory in use, by all processes, of the GPUs that the engine uses here.",
+            "gpu",
+        )
+        self._gpu_memory_total = gauge(
+            "sliceserve_gpu_memory_total_bytes", "Memory of these GPUs.", "gpu"
+        )
+        self._gpu_utilization = gauge(
+            "sliceserve_gpu_utilization_ratio",
+            "Share of NVML's last sample period in which a kernel ran on the GPU.",
+            "gpu",
+        )
+        self._running = gauge(
+            "sliceserve_running_requests",
+            "Requests let in and not over, of those that --max-requests counts.",
+        ).labels(model_name)
+        self._parameters = gauge(
             "sliceserve_parameters",
             "Parameters of the model, before (dense) and after (sliced) slicing.",
-            ["model_name", "form"],
-            registry=registry,
-            multiprocess_mode="mostrecent",
+            "form",
         )
         self._http_responses = Counter(
             "sliceserve_http_responses",
@@ -68,6 +107,14 @@ class ServerMetrics:
             ["model_name", "route", "status"],
             registry=registry,
         )
+        self._rejected = Counter(
+            "sliceserve_rejected",
+            "HTTP requests with a valid key that were refused before they reached vLLM, by reason.",
+            ["model_name", "reason"],
+            registry=registry,
+        )
+        for reason in Refusal:
+            self._rejected.labels(model_name, reason)
         self._request_latency = histogram(
             "sliceserve_request_latency_seconds",
             "Seconds from a request's arrival to its last token.",
@@ -76,6 +123,12 @@ class ServerMetrics:
         self._time_to_first_token = histogram(
             "sliceserve_time_to_first_token_seconds",
             "Seconds from a request's arrival to its first token.",
+            TIME_TO_FIRST_TOKEN_BUCKETS,
+        )
+        # A part of the time to first token, so both have the same buckets.
+        self._queue_time = histogram(
+            "sliceserve_queue_time_seconds",
+            "Seconds that a request waits in the engine until it first runs.",
             TIME_TO_FIRST_TOKEN_BUCKETS,
         )
         self._time_per_output_token = histogram(
@@ -91,9 +144,11 @@ class ServerMetrics:
         )
 
     def set_engine(self, vllm_config: Any) -> None:
-        """Set the number of GPUs from the engine's configuration."""
+        """Set the number of GPUs from the configuration of an engine that starts now."""
         on_cpu = vllm_config.device_config.device_type == "cpu"
-        self._gpus.set(0 if on_cpu else vllm_config.parallel_config.world_size_across_dp)
+        self._gpu_count = 0 if on_cpu else vllm_config.parallel_config.world_size_across_dp
+        self._gpus.set(self._gpu_count)
+        self._counted_until = self._clock()
 
     def set_parameters(self, dense: int, sliced: int) -> None:
         """Set the model's true parameter counts."""
@@ -104,6 +159,28 @@ class ServerMetrics:
         """Add one HTTP request that is over."""
         status = "disconnected" if exchange.disconnected else str(exchange.status)
         self._http_responses.labels(self._model_name, exchange.route, status).inc()
+        if exchange.refused is not None:
+            self._rejected.labels(self._model_name, exchange.refused).inc()
+
+    def set_gpu_readings(self, readings: dict[str, GpuReading]) -> None:
+        """Set what the GPUs tell, by their names."""
+        for gpu, reading in readings.items():
+            labels = (self._model_name, gpu)
+            self._gpu_memory_used.labels(*labels).set(reading.memory_used)
+            self._gpu_memory_total.labels(*labels).set(reading.memory_total)
+            self._gpu_utilization.labels(*labels).set(reading.utilization)
+
+    def refresh(self, running: int) -> None:
+        """Bring the series that no event changes up to date.
+
+        Args:
+            running: requests let in and not over.
+
+        """
+        now = self._clock()
+        self._gpu_seconds.inc(self._gpu_count * (now - self._counted_until))
+        self._counted_until = now
+        self._running.set(running)
 
     def observe(self, stats: Any) -> None:
         """Add one engine step's ``IterationStats``."""
@@ -113,12 +190,33 @@ class ServerMetrics:
             self._time_to_first_token.observe(seconds)
         for request in stats.finished_requests:
             self._request_latency.observe(request.e2e_latency)
+            # Negative where it ended before it ran.
+            if request.queued_time >= 0:
+                self._queue_time.observe(request.queued_time)
             if request.num_generation_tokens > 1:
                 self._time_per_output_token.observe(request.mean_time_per_output_token)
 
     def stat_logger(self, vllm_config: Any, engine_index: int) -> MetricsStatLogger:  # noqa: ARG002
         """Return a stat logger of one engine; a factory as ``AsyncLLM`` takes them."""
         return MetricsStatLogger(self)
+
+
+class Refreshing:
+    """ASGI layer that brings series up to date before `/metrics` shows them.
+
+    A function that Prometheus' client calls when it collects would do for one process; in its
+    multiprocess mode it shows what was written before.
+    """
+
+    def __init__(self, app: ASGIApp, refresh: Callable[[], None]) -> None:
+        self.app, self._refresh = app, refresh
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass every request on."""
+        # vLLM shows them under longer paths too.
+        if scope["type"] == "http" and scope["path"].startswith(METRICS):
+            self._refresh()
+        await self.app(scope, receive, send)
 
 
 class MetricsStatLogger(StatLoggerBase):  # type: ignore[misc]

@@ -28,6 +28,7 @@ from vllm.sequence import IntermediateTensors
 from sliceserve.server.fused import FusedDecoderLayer
 from sliceserve.server.joined import JoinedLinear
 from sliceserve.server.layers import Shapes, SlicedDecoderLayer, plain_linear, sliced_norm
+from sliceserve.server.progress import reporting
 from sliceserve.slicing.architectures import find_architecture
 from sliceserve.slicing.checkpoint import stored_shapes
 from sliceserve.slicing.modeling import expected_shapes
@@ -167,7 +168,8 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
         )
         widths = config.description.widths
         self.head_width = widths[-1]
-        self.output_width = config.hidden_size if is_draft(vllm_config) else self.head_width
+        self.is_draft = is_draft(vllm_config)
+        self.output_width = config.hidden_size if self.is_draft else self.head_width
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
@@ -218,6 +220,8 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
 
         """
         found: Shapes = {}
+        if not self.is_draft:  # the model that it drafts for reports
+            weights = reporting(weights, self.stored)
         loaded = set(self._load(weights, found))
         problems = compare_shapes(found, self.stored)
         if problems:

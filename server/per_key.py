@@ -13,11 +13,10 @@ from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
 
 from sliceserve.server.admission import FREE_METHODS, RETRY_AFTER_S
-from sliceserve.server.exchange import exchange_of, take_usage
+from sliceserve.server.exchange import Refusal, exchange_of, note_refusal, take_usage
 from sliceserve.server.responses import error_response
 
 if TYPE_CHECKING:
-    from starlette.responses import JSONResponse
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 
@@ -48,10 +47,10 @@ class PerKey:
         self._running: Counter[str] = Counter()
         self._windows = FixedWindowRateLimiter(MemoryStorage())
         self._rates = {
-            what: RateLimitItemPerMinute(amount, namespace=what)
-            for what, amount in (
-                ("requests", limits.requests_per_minute),
-                ("tokens", limits.tokens_per_minute),
+            reason: RateLimitItemPerMinute(amount, namespace=reason)
+            for reason, amount in (
+                (Refusal.KEY_REQUESTS, limits.requests_per_minute),
+                (Refusal.KEY_TOKENS, limits.tokens_per_minute),
             )
             if amount is not None
         }
@@ -65,10 +64,12 @@ class PerKey:
         key = exchange.key
         refusal = self._refusal(key)
         if refusal is not None:
-            await refusal(scope, receive, send)
+            reason, text, wait = refusal
+            note_refusal(scope, reason)
+            answer = error_response(429, "RateLimitError", text, {"Retry-After": str(wait)})
+            await answer(scope, receive, send)
             return
-        if "requests" in self._rates:
-            self._windows.hit(self._rates["requests"], key)
+        self._count(Refusal.KEY_REQUESTS, key, 1)
         self._running[key] += 1
         try:
             await self.app(scope, receive, send)
@@ -77,22 +78,23 @@ class PerKey:
             if not self._running[key]:
                 del self._running[key]
             take_usage(exchange, scope)
-            if "tokens" in self._rates and exchange.tokens:
-                self._windows.hit(self._rates["tokens"], key, cost=exchange.tokens)
+            self._count(Refusal.KEY_TOKENS, key, exchange.tokens)
 
-    def _refusal(self, key: str) -> JSONResponse | None:
+    def _count(self, rate: Refusal, key: str, cost: int) -> None:
+        if rate in self._rates and cost:
+            self._windows.hit(self._rates[rate], key, cost=cost)
+
+    def _refusal(self, key: str) -> tuple[Refusal, str, int] | None:
+        """Return why the key's next request is refused, a sentence, and the seconds to wait."""
         most = self._limits.requests
         if most is not None and self._running[key] >= most:
             text = f"The key has {most} requests at work, as many as it may; try again."
-            return _refuse(text, RETRY_AFTER_S)
-        for what, rate in self._rates.items():
+            return Refusal.KEY_FULL, text, RETRY_AFTER_S
+        for reason, rate in self._rates.items():
             if not self._windows.test(rate, key):
                 reset = self._windows.get_window_stats(rate, key).reset_time
                 wait = max(1, math.ceil(reset - time.time()))
+                what = "requests" if reason is Refusal.KEY_REQUESTS else "tokens"
                 text = f"The key may take {rate.amount} {what} a minute; try again in {wait} s."
-                return _refuse(text, wait)
+                return reason, text, wait
         return None
-
-
-def _refuse(text: str, wait: int) -> JSONResponse:
-    return error_response(429, "RateLimitError", text, {"Retry-After": str(wait)})

@@ -12,6 +12,11 @@ from helm_python import _native
 REPOSITORY = Path(__file__).parents[1]
 CHART = REPOSITORY / "helm" / "sliceserve"
 BOARD = CHART / "dashboards" / "sliceserve.json"
+# Exported where NVML answers only; test_gpus.py has their names and labels.
+GPU_SERIES = {
+    f"sliceserve_gpu_{name}"
+    for name in ("memory_used_bytes", "memory_total_bytes", "utilization_ratio")
+}
 SCENARIOS = sorted(CHART.glob("ci/*-values.yaml"))
 
 Manifest = dict[str, Any]

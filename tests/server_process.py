@@ -76,6 +76,16 @@ def wait_until_gone(session: int) -> None:
         time.sleep(0.1)
 
 
+@contextmanager
+def stopped(process: int) -> Iterator[None]:
+    """A process that stands still for the time of the block, so that no answer can end in it."""
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -18,7 +18,7 @@ from sliceserve.server.arguments import Arguments
 from sliceserve.server.auth import Auth, KeyRing
 from sliceserve.server.bounds import STOP_CHARACTERS, Bounds, find_excess
 from sliceserve.server.deadline import Deadline
-from sliceserve.server.exchange import Exchange, Watch
+from sliceserve.server.exchange import Exchange, Refusal, Watch
 from sliceserve.server.faults import Faults
 from sliceserve.server.per_key import KeyLimits, PerKey
 
@@ -292,6 +292,7 @@ def test_each_key_has_its_tokens_a_minute() -> None:
             assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
             assert "100 tokens a minute" in error_of(answers[3], 429)["message"]
             assert [exchange.tokens for exchange in reported] == [40, 40, 40, 1]
+            assert reported[3].refused is Refusal.KEY_TOKENS
             assert (await second.post("/answer?tokens=40")).status_code == 200
 
     asyncio.run(scenario())

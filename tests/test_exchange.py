@@ -135,8 +135,8 @@ def test_a_line_of_the_access_log(tmp_path: Path) -> None:
     assert first == {
         "time": "2001-09-09T01:46:40.000+00:00", "id": "a1", "method": "POST",
         "route": "/v1/completions", "key": "0123abcd", "model": "m" * 128, "status": 200,
-        "disconnected": False, "prompt_tokens": 3, "generation_tokens": None, "seconds": 1.5,
-        "first_byte_seconds": None, "chunks": 0,
+        "refused": None, "disconnected": False, "prompt_tokens": 3, "generation_tokens": None,
+        "seconds": 1.5, "first_byte_seconds": None, "chunks": 0,
     }  # fmt: skip
     assert datetime.fromisoformat(first["time"]) == datetime.fromtimestamp(1e9, UTC)
     assert (left["status"], left["disconnected"]) == (None, True)

@@ -7,7 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import openai
 import pytest
 from otlp_collector import Collector, collecting
 from prometheus_client.parser import text_string_to_metric_families
-from server_process import STOP_SECONDS, ServerProcess, serving, wait_until_gone
+from server_process import STOP_SECONDS, ServerProcess, serving, stopped, wait_until_gone
 
 KEY, OTHER_KEY, FIXED_KEY = "key-of-alice", "key-of-bob", "key-from-environment"
 
@@ -41,16 +41,6 @@ def post(server: ServerProcess, key: str, **asked: Any) -> httpx.Response:
         headers={"Authorization": f"Bearer {key}"},
         timeout=120,
     )
-
-
-@contextmanager
-def stopped(process: int) -> Iterator[None]:
-    """A process that stands still for the time of the block, so that no answer can end in it."""
-    os.kill(process, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(process, signal.SIGCONT)
 
 
 @pytest.fixture(scope="module")

@@ -73,12 +73,12 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     # A day at 600 tokens a minute, then at 300; requests wait, or do not.
     "SliceserveGpuTimeRegression": (
         {
-            f"sliceserve_gpus{{{MODEL}}}": "8x2000",
+            f"sliceserve_gpu_seconds_total{{{MODEL}}}": "0+480x2000",
             f"sliceserve_generation_tokens_total{{{MODEL}}}": "0+600x1440 864000+300x560",
             f"vllm:num_requests_waiting{{{MODEL}}}": "3x2000",
         },
         {
-            f"sliceserve_gpus{{{MODEL}}}": "8x2000",
+            f"sliceserve_gpu_seconds_total{{{MODEL}}}": "0+480x2000",
             f"sliceserve_generation_tokens_total{{{MODEL}}}": "0+600x1440 864000+300x560",
             f"vllm:num_requests_waiting{{{MODEL}}}": "0x2000",
         },

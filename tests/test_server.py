@@ -19,6 +19,7 @@ import pytest
 import yaml
 from helm_render import (
     CHART,
+    GPU_SERIES,
     board_expressions,
     of_kind,
     render,
@@ -248,20 +249,18 @@ def test_too_long_prompt_is_a_bad_request(server: Server, client: openai.OpenAI)
 def test_metrics_show_vllm_series_and_ours(server: Server) -> None:
     names = {name for name, _ in server.samples()}
     assert "vllm:num_requests_running" in names
-    assert {name for name in names if name.startswith("sliceserve_")} >= {
-        "sliceserve_gpus",
-        "sliceserve_parameters",
-        "sliceserve_request_latency_seconds_bucket",
-        "sliceserve_time_to_first_token_seconds_bucket",
-        "sliceserve_time_per_output_token_seconds_bucket",
-        "sliceserve_prompt_tokens_total",
-        "sliceserve_generation_tokens_total",
-    }
+    ours = """
+        gpus gpu_seconds_total parameters running_requests rejected_total
+        request_latency_seconds_bucket queue_time_seconds_bucket time_to_first_token_seconds_bucket
+        time_per_output_token_seconds_bucket prompt_tokens_total generation_tokens_total
+    """
+    assert names >= {f"sliceserve_{name}" for name in ours.split()}
+    assert not names & GPU_SERIES
 
 
 def test_metrics_tell_the_model_and_its_devices(server: Server) -> None:
     summary = read_checkpoint_summary(server.directory)
-    assert server.ours()["gpus"] == 0
+    assert server.ours()["gpus"] == server.ours()["gpu_seconds_total"] == 0
     assert server.ours(form="dense")["parameters"] == summary.dense_parameters
     assert server.ours(form="sliced")["parameters"] == summary.sliced_parameters
 
@@ -284,12 +283,13 @@ def test_metrics_count_a_request_exactly(
     assert gained["prompt_tokens_total"] == answer.usage.prompt_tokens
     assert gained["generation_tokens_total"] == answer.usage.completion_tokens == tokens
     assert gained["request_latency_seconds_count"] == 1
-    assert gained["time_to_first_token_seconds_count"] == 1
+    assert gained["queue_time_seconds_count"] == gained["time_to_first_token_seconds_count"] == 1
     assert gained["time_per_output_token_seconds_count"] == (1 if tokens > 1 else 0)
-    first, latency = (
-        gained[f"{name}_seconds_sum"] for name in ("time_to_first_token", "request_latency")
+    queued, first, latency = (
+        gained[f"{name}_seconds_sum"]
+        for name in ("queue_time", "time_to_first_token", "request_latency")
     )
-    assert 0 < first <= latency <= elapsed
+    assert 0 < queued < first <= latency <= elapsed
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_the_chart_asks_for_series_that_the_server_exports(server: Server) -> No
     labels: dict[str, set[str]] = {}
     for name, found in server.samples():
         labels.setdefault(name, set()).update(label for label, _ in found)
-    for name in sorted(wanted - recorded - {"up"}):
+    for name in sorted(wanted - recorded - GPU_SERIES - {"up"}):
         assert name in labels, name
         assert "model_name" in labels[name]
 
