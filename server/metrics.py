@@ -92,8 +92,7 @@ class ServerMetrics:
 
     def set_engine(self, vllm_config: Any) -> None:
         """Set the number of GPUs from the engine's configuration."""
-        on_cpu = vllm_config.device_config.device_type == "cpu"
-        self._gpus.set(0 if on_cpu else vllm_config.parallel_config.world_size_across_dp)
+        self._gpus.set(gpus_of(vllm_config))
 
     def set_parameters(self, dense: int, sliced: int) -> None:
         """Set the model's true parameter counts."""
@@ -119,6 +118,12 @@ class ServerMetrics:
     def stat_logger(self, vllm_config: Any, engine_index: int) -> MetricsStatLogger:  # noqa: ARG002
         """Return a stat logger of one engine; a factory as ``AsyncLLM`` takes them."""
         return MetricsStatLogger(self)
+
+
+def gpus_of(vllm_config: Any) -> int:
+    """Return the number of GPUs that the engine uses; 0 on a CPU."""
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    return 0 if on_cpu else int(vllm_config.parallel_config.world_size_across_dp)
 
 
 class MetricsStatLogger(StatLoggerBase):  # type: ignore[misc]
