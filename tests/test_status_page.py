@@ -7,7 +7,7 @@ import re
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from html.parser import HTMLParser
 from types import SimpleNamespace
 from typing import Any
@@ -254,6 +254,17 @@ def test_what_goes_wrong_is_told(address: str, message: str, answer: str, outcom
         expect(page.locator("#outcome")).to_have_text(outcome)
         assert page.locator("#answer").text_content() == answer
         expect(page.get_by_role("button", name="Send")).to_be_visible()
+
+
+@needs_chromium
+def test_a_server_that_is_gone_is_told() -> None:
+    with ExitStack() as server, opened(server.enter_context(answering())) as (page, _):
+        expect(page.locator("#running")).to_have_text("3")
+        expect(page.locator("#unlock")).to_be_hidden()
+        server.close()
+        expect(page.locator("#phase")).to_have_text("failing: the server does not answer")
+        expect(page.locator("#running")).to_have_text("–")
+        expect(page.locator("#uptime")).to_be_empty()
 
 
 @needs_chromium

@@ -1,6 +1,7 @@
 
 // The page's own text apart, everything is put in as text nodes, never as HTML.
 const POLL_MS = 2000;
+const PATIENCE_MS = 30000;
 const element = (id) => document.getElementById(id);
 const [unlock, keyField, ask, prompt, send, answer] =
   ["unlock", "key", "ask", "prompt", "send", "answer"].map(element);
@@ -43,6 +44,8 @@ function request(path, options = {}) {
   if (key) headers.Authorization = `Bearer ${key}`;
   return fetch(path, { ...options, headers, cache: "no-store", credentials: "omit" });
 }
+
+const poll = (path) => request(path, { signal: AbortSignal.timeout(PATIENCE_MS) });
 
 async function messageOf(response) {
   try {
@@ -94,11 +97,19 @@ function showFigures(status) {
   show("uptime", `, up ${uptime(status.uptime_seconds)}`);
 }
 
+function forgetFigures() {
+  for (const id of ["rate", "running", "waiting", "first", "each"]) show(id, "–");
+  show("uptime", "");
+}
+
 async function pollStatus() {
   if (locked) return;
-  const response = await request("status.json");
-  if (response.status === 401) lock(await messageOf(response));
-  if (!response.ok) return;
+  const response = await poll("status.json").catch(() => null);
+  if (response?.status === 401) lock(await messageOf(response));
+  if (!response?.ok) {
+    forgetFigures();
+    return;
+  }
   const status = await response.json();
   const entering = unlock.contains(document.activeElement);
   unlock.hidden = true;
@@ -112,20 +123,20 @@ async function pollStatus() {
 async function pollPhase() {
   let phase = { status: "failing", step: "the server does not answer" };
   try {
-    phase = await (await request("livez")).json();
+    phase = await (await poll("livez")).json();
   } finally {
     element("phase").className = `phase ${phase.status}`;
     show("phase", phase.status === "serving" ? "serving" : `${phase.status}: ${phase.step}`);
   }
 }
 
-async function repeat(poll) {
+async function repeat(look) {
   try {
-    if (!document.hidden) await poll();
+    if (!document.hidden) await look();
   } catch {
     // The phase says that the server does not answer.
   }
-  setTimeout(repeat, POLL_MS, poll);
+  setTimeout(repeat, POLL_MS, look);
 }
 
 async function* dataOf(response) {
@@ -180,12 +191,8 @@ unlock.addEventListener("submit", async (event) => {
   keyField.value = "";
   locked = false;
   show("refusal", "");
-  try {
-    await pollStatus();
-    if (!locked && model === null) show("refusal", "The server is not ready yet; this page tries again by itself.");
-  } catch {
-    show("refusal", "The server does not answer.");
-  }
+  await pollStatus();
+  if (!locked && model === null) show("refusal", "The server is not ready yet; this page tries again by itself.");
 });
 
 // One button sends and stops, so that the keyboard's focus stays where it is.
