@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from sliceserve.server.health import LIVEZ, READYZ
+from sliceserve.server.status_page import STATUS
 from sliceserve.slicing.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _logger = logging.getLogger("vllm.sliceserve.access_log")
 
 OFF = "off"
 _STREAMS = {"stdout": 1, "stderr": 2}
-_NOT_WHEN_FINE = (LIVEZ, READYZ, "/metrics")
+_NOT_WHEN_FINE = (LIVEZ, READYZ, "/metrics", STATUS)
 # Of what clients choose freely.
 _LONGEST_TEXT = 128
 

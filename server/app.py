@@ -26,10 +26,12 @@ from sliceserve.server.health import LIVEZ, READYZ, EngineProbe, Health, Lifecyc
 from sliceserve.server.introspection import show_facts, sliced_facts
 from sliceserve.server.life import run_until_signal
 from sliceserve.server.listener import listening, make_listener
-from sliceserve.server.metrics import Refreshing, ServerMetrics
+from sliceserve.server.live import LiveFigures
+from sliceserve.server.metrics import Refreshing, ServerMetrics, gpus_of
 from sliceserve.server.per_key import KeyLimits, PerKey
 from sliceserve.server.progress import shared_progress
 from sliceserve.server.responses import unavailable
+from sliceserve.server.status_page import PAGE, StatusPage, show_status
 
 if TYPE_CHECKING:
     import argparse
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 # vLLM's logging configuration, which its options and variables change, covers only this subtree.
 _logger = init_logger("vllm.sliceserve")
 
-OWN_PATHS = frozenset({LIVEZ, READYZ, METRICS})
+OWN_PATHS = frozenset({LIVEZ, READYZ, METRICS, PAGE})
 # By these vLLM lets every client restart the engines with other parallelism, for MoE models.
 CLOSED_PATHS = frozenset({"/scale_elastic_ep", "/is_scaling_elastic_ep"})
 
@@ -63,7 +65,7 @@ class Engine(AsyncLLM):  # type: ignore[misc]
 
 
 async def create_app(
-    engine_client: Any, args: argparse.Namespace, summary: CheckpointSummary
+    engine_client: Any, args: argparse.Namespace, summary: CheckpointSummary, live: LiveFigures
 ) -> FastAPI:
     """Return the application with vLLM's OpenAI, health and metrics routes on this engine."""
     supported_tasks = await engine_client.get_supported_tasks()
@@ -73,7 +75,16 @@ async def create_app(
         route for route in app.routes if getattr(route, "path", None) not in CLOSED_PATHS
     ]
     await vllm_compat.init_app_state(engine_client, app.state, args, supported_tasks)
-    show_facts(app, sliced_facts(summary))
+    facts = sliced_facts(summary)
+    show_facts(app, facts)
+    template = getattr(engine_client.renderer.tokenizer, "chat_template", None)
+    fixed = {
+        "model": args.served_model_name[0],
+        "chat": bool(args.chat_template or template),
+        "sliceserve": facts,
+        "gpus": gpus_of(engine_client.vllm_config),
+    }
+    show_status(app, fixed, live)
     return app
 
 
@@ -89,12 +100,14 @@ def create_metrics(vllm_config: Any, summary: CheckpointSummary) -> ServerMetric
     return metrics
 
 
-def start_engine(vllm_config: Any, args: argparse.Namespace, metrics: ServerMetrics) -> Engine:
+def start_engine(
+    vllm_config: Any, args: argparse.Namespace, metrics: ServerMetrics, live: LiveFigures
+) -> Engine:
     """Load the model; must run inside an event loop."""
     engine: Engine = Engine.from_vllm_config(
         vllm_config,
         # A custom stat logger would switch the statistics on again.
-        stat_loggers=None if args.disable_log_stats else [metrics.stat_logger],
+        stat_loggers=None if args.disable_log_stats else [metrics.stat_logger, live.stat_logger],
         enable_log_requests=args.enable_log_requests,
         aggregate_engine_logging=args.aggregate_engine_logging,
         disable_log_stats=args.disable_log_stats,
@@ -125,10 +138,11 @@ def guarded(
     probe: EngineProbe | None = None,
     overloaded: Callable[[], bool] | None = None,
 ) -> ASGIApp:
-    """Return the application behind the probes' routes and, if there are keys, behind them."""
+    """Return the application behind what is open to all and, if there are keys, behind them."""
     if access.keys:
         app = Auth(app, access.keys, access.public, cross_origin=access.cross_origin)
-    return Health(app, lifecycle, probe, overloaded)
+    page = StatusPage(app, keyed=bool(access.keys))
+    return Health(page, lifecycle, probe, overloaded)
 
 
 def traced(app: ASGIApp, routes: frozenset[str]) -> ASGIApp:
@@ -168,7 +182,8 @@ async def serve(
             try:
                 metrics = create_metrics(vllm_config, summary)
                 gpus = GpuReader(pynvml, engine_gpus(vllm_config, os.environ))
-                engine = start_engine(vllm_config, args, metrics)
+                live = LiveFigures()
+                engine = start_engine(vllm_config, args, metrics, live)
             except Exception:
                 _logger.exception("The engine did not start.")
                 return 1
@@ -176,7 +191,7 @@ async def serve(
             cleanup.callback(engine.shutdown, timeout=0)
             lifecycle.enter(Phase.STARTING, "opening the routes")
             await engine.reset_mm_cache()
-            app = await create_app(engine, args, summary)
+            app = await create_app(engine, args, summary, live)
         probe = EngineProbe(engine.answer, settings.probe_timeout)
         limits = Limits(settings.max_requests, settings.max_body_size, settings.body_timeout)
         bounds = Bounds(settings.max_sequences, settings.max_output_tokens, settings.max_stops)

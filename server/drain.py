@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING
 from sliceserve.server.exchange import Refusal, note_refusal
 from sliceserve.server.health import Lifecycle, Phase
 from sliceserve.server.responses import unavailable
+from sliceserve.server.status_page import STATUS
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 METRICS = "/metrics"
+_WATCHED = (METRICS, STATUS)
 
 
 class Drain:
     """ASGI layer that counts running requests and, while draining, answers new ones with 503.
 
-    ``/metrics`` is neither counted nor refused, so that a drain can be watched.
+    ``/metrics`` and the status are neither counted nor refused, so that a drain can be watched.
     """
 
     def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
@@ -29,7 +31,7 @@ class Drain:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or refuse it."""
-        if scope["type"] == "lifespan" or scope["path"] == METRICS:
+        if scope["type"] == "lifespan" or scope["path"] in _WATCHED:
             await self.app(scope, receive, send)
             return
         if self._lifecycle.phase is Phase.DRAINING:

@@ -145,8 +145,7 @@ class ServerMetrics:
 
     def set_engine(self, vllm_config: Any) -> None:
         """Set the number of GPUs from the configuration of an engine that starts now."""
-        on_cpu = vllm_config.device_config.device_type == "cpu"
-        self._gpu_count = 0 if on_cpu else vllm_config.parallel_config.world_size_across_dp
+        self._gpu_count = gpus_of(vllm_config)
         self._gpus.set(self._gpu_count)
         self._counted_until = self._clock()
 
@@ -217,6 +216,12 @@ class Refreshing:
         if scope["type"] == "http" and scope["path"].startswith(METRICS):
             self._refresh()
         await self.app(scope, receive, send)
+
+
+def gpus_of(vllm_config: Any) -> int:
+    """Return the number of GPUs that the engine uses; 0 on a CPU."""
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    return 0 if on_cpu else int(vllm_config.parallel_config.world_size_across_dp)
 
 
 class MetricsStatLogger(StatLoggerBase):  # type: ignore[misc]

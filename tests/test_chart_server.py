@@ -1,5 +1,6 @@
 """The chart's pods run here: the server's rendered command, its probes, the pod of `helm test`."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from browser import needs_chromium, opened
 from helm_render import CHART, Manifest, of_kind, render, scenario
+from playwright.sync_api import expect
 from safetensors.torch import load_file
 from server_process import ServerProcess, free_port, started
 
@@ -100,6 +103,27 @@ def test_the_model_says_what_was_sliced(server: ServerProcess, tiny_sliced: Path
     assert facts["ratio"] == round(facts["parameters"] / facts["dense_parameters"], 4)
     assert facts["source"] == "dense", "and not where it was"
     assert len(facts["source_sha256"]) == 64
+
+
+@needs_chromium
+def test_a_browser_completes_a_text(server: ServerProcess) -> None:
+    """The model has no chat template."""
+    server.wait_for("/readyz", 200)
+    with opened(f"{server.url}/") as (page, complaints):
+        page.get_by_label("API key").fill(KEY)
+        page.keyboard.press("Enter")
+        page.get_by_label("Text to continue").fill("Once upon a time")
+        page.get_by_label("Tokens at most").fill("30")
+        with page.expect_response("**/v1/completions") as caught:
+            page.get_by_role("button", name="Send").click()
+        expect(page.locator("#outcome")).to_contain_text(" in ", timeout=60_000)
+        lines = [line for line in caught.value.text().splitlines() if line]
+        assert lines.pop() == "data: [DONE]"
+        *chunks, last = [json.loads(line.removeprefix("data: ")) for line in lines]
+        assert str(last["usage"]["completion_tokens"]) in page.locator("#outcome").inner_text()
+        text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+        assert page.locator("#answer").text_content() == text
+        assert complaints == []
 
 
 def test_the_pod_of_helm_test_asks_it(manifests: list[Manifest], server: ServerProcess) -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from browser import needs_chromium, opened
 from otlp_collector import Collector, collecting
+from playwright.sync_api import expect
 from prometheus_client.parser import text_string_to_metric_families
 from server_process import STOP_SECONDS, ServerProcess, serving, stopped, wait_until_gone
 
@@ -56,15 +58,16 @@ def starting(
 ) -> Iterator[ServerProcess]:
     """A server that nobody has waited for."""
     log = tmp_path_factory.mktemp("guarded") / "log"
-    template = log.with_name("template")
-    template.write_text("{{ messages[0]['content'] }}")
+    template = log.with_name("template.jinja")
+    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}\n")
     options = ["--probe-timeout", "2", "--drain-timeout", "100", "--metrics-public"]
     options += ["--max-sequences", "4", "--max-output-tokens", "500", "--key-max-requests", "5"]
-    options += ["--chat-template", str(template)]
+    # As the status page leaves the temperature to the server.
+    options += ["--override-generation-config", '{"temperature": 0}']
     with serving(
         tiny_sliced,
         log,
-        *(*options, "--api-key-file", str(key_file)),
+        *(*options, "--api-key-file", str(key_file), "--chat-template", str(template)),
         SLICESERVE_API_KEY=f"{FIXED_KEY},another",
     ) as server:
         yield server
@@ -92,6 +95,7 @@ def test_it_answers_while_the_model_loads(starting: ServerProcess) -> None:
     assert loading.status_code == 503
     assert "loading" in loading.json()["error"]["message"]
     assert int(loading.headers["retry-after"]) > 0
+    assert "API key" in get(starting, "/").text
 
 
 def test_every_route_of_the_running_server_needs_a_key(server: ServerProcess) -> None:
@@ -109,7 +113,7 @@ def test_every_route_of_the_running_server_needs_a_key(server: ServerProcess) ->
         f"{server.url}/scale_elastic_ep", headers={"Authorization": f"Bearer {KEY}"}
     )
     assert closed.status_code == 404
-    routes += [("get", path) for path in ("/", "/docs", "/openapi.json", "/no/such/route")]
+    routes += [("get", path) for path in ("/status.json", "/docs", "/openapi.json", "/no/such")]
     for method, path in routes:
         answer = httpx.request(method, f"{server.url}{path}", timeout=30)
         assert answer.status_code == 401, (method, path)
@@ -153,6 +157,64 @@ def test_browsers_of_other_origins_get_no_permission(server: ServerProcess) -> N
     answer = httpx.get(f"{server.url}/v1/models", headers=headers)
     assert answer.status_code == 200
     assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def status_of(server: ServerProcess) -> Any:
+    return get(server, "/status.json", FIXED_KEY).json()
+
+
+def test_the_status_has_what_other_routes_say(server: ServerProcess) -> None:
+    found = status_of(server)
+    (model,) = get(server, "/v1/models", FIXED_KEY).json()["data"]
+    assert (found["model"], found["sliceserve"]) == (model["id"], model["sliceserve"])
+    assert found["gpus"] == sample(server, "sliceserve_gpus") == 0
+    assert found["chat"] is True
+    assert found["uptime_seconds"] > 0
+
+
+def wait_for_status(server: ServerProcess, wanted: Callable[[Any], bool]) -> None:
+    """Wait for figures, which may follow the answer that they are of."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while not wanted(found := status_of(server)):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+
+
+def test_the_status_counts_what_runs(server: ServerProcess) -> None:
+    with stream(server, tokens=450) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        with stopped(server.engine()):
+            wait_for_status(server, lambda found: found["requests_running"] == 1)
+            assert status_of(server)["requests_waiting"] == 0
+        list(lines)
+    wait_for_status(server, lambda found: found["generation_tokens_per_second"] > 0)
+    wait_for_status(server, lambda found: found["requests_running"] == 0)
+    assert status_of(server)["time_to_first_token_seconds"] > 0
+    assert status_of(server)["time_per_output_token_seconds"] > 0
+
+
+@needs_chromium
+def test_a_browser_chats_with_the_model(server: ServerProcess) -> None:
+    messages = [{"role": "user", "content": "hi <b>you</b>"}]
+    whole = httpx.post(
+        f"{server.url}/v1/chat/completions",
+        json={"model": "sliced", "messages": messages, "max_tokens": 20},
+        headers={"Authorization": f"Bearer {FIXED_KEY}"},
+        timeout=60,
+    ).json()
+    with opened(f"{server.url}/") as (page, complaints):
+        page.get_by_label("API key").fill(FIXED_KEY)
+        page.keyboard.press("Enter")
+        expect(page.locator("#model")).to_have_text("sliced")
+        page.get_by_label("Message").fill(messages[0]["content"])
+        page.get_by_label("Tokens at most").fill("20")
+        page.get_by_role("button", name="Send").click()
+        tokens = whole["usage"]["completion_tokens"]
+        expect(page.locator("#outcome")).to_contain_text(f"{tokens} tokens in", timeout=60_000)
+        text = page.locator("#answer").text_content()
+        assert text == whole["choices"][0]["message"]["content"] != ""
+        assert complaints == []
 
 
 def test_a_hang_is_found_out_and_passes(server: ServerProcess) -> None:
@@ -277,6 +339,7 @@ def test_sigterm_drains_and_ends_with_0(server: ServerProcess) -> None:
             assert int(refused.headers["retry-after"]) > 0
             assert get(server, "/v1/models").status_code == 401
             metrics = get(server, "/metrics").text
+            assert status_of(server)["model"] == "sliced"
         events = [line for line in answer.iter_lines() if line]
     assert events[-1] == "data: [DONE]"
     assert '"finish_reason":"length"' in events[-2]
@@ -294,12 +357,15 @@ def test_every_request_has_a_line_in_the_log(server: ServerProcess) -> None:
     found = {(line["route"], line["status"], line["disconnected"]) for line in lines}
     assert found >= {
         ("/readyz", 503, False),
+        ("/", 200, False),
+        ("/status.json", 401, False),
         ("/v1/models", 200, False),
         ("/v1/models", 401, False),
         ("/v1/models", 503, False),
         ("/v1/completions", 413, False),
         ("/v1/completions", 200, True),
     }
+    assert ("/status.json", 200, False) not in found
     by_id = {line["id"]: line for line in lines}
     assert len(by_id) == len(lines)
     (named, refused) = (by_id[f"mine-{status}"] for status in (200, 401))

@@ -36,13 +36,15 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {
             f'{RESPONSES}{{{MODEL},route="/v1/completions",status="503"}}': "0+6x2000",
             f'{RESPONSES}{{{MODEL},route="/v1/completions",status="200"}}': "0+60x2000",
-            # Probes and scrapes do not dilute it.
+            # Probes, scrapes and an open status page do not dilute it.
             f'{RESPONSES}{{{MODEL},route="/metrics",status="200"}}': "0+6000x2000",
+            f'{RESPONSES}{{{MODEL},route="/status.json",status="200"}}': "0+6000x2000",
         },
         {
             f'{RESPONSES}{{{MODEL},route="/v1/completions",status="503"}}': "0+1x2000",
             f'{RESPONSES}{{{MODEL},route="/v1/completions",status="200"}}': "0+60x2000",
             f'{RESPONSES}{{{MODEL},route="/readyz",status="503"}}': "0+6000x2000",
+            f'{RESPONSES}{{{MODEL},route="/status.json",status="503"}}': "0+6000x2000",
         },
     ),
     "SliceserveSlowFirstToken": (

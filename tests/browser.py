@@ -1,0 +1,35 @@
+"""A real browser, Debian's Chromium for instance, for tests of the status page."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium: `apt-get install chromium` gives one"
+)
+
+
+@contextmanager
+def opened(url: str, **context: Any) -> Iterator[tuple[Page, list[str]]]:
+    """The page at the address, and what the browser complains of: errors, violations."""
+    complaints: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_context(**context).new_page()
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on(
+            "console",
+            lambda message: (
+                complaints.append(message.text) if message.type in ("error", "warning") else None
+            ),
+        )
+        page.goto(url)
+        yield page, complaints
+        browser.close()
