@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 START_SECONDS = 300
 STOP_SECONDS = 60
@@ -84,6 +86,43 @@ def stopped(process: int) -> Iterator[None]:
         yield
     finally:
         os.kill(process, signal.SIGCONT)
+
+
+def stream(server: ServerProcess, key: str, tokens: int) -> Any:
+    """A streamed completion, to be read within a block."""
+    body = {"model": "sliced", "prompt": "hi", "max_tokens": tokens, "ignore_eos": True}
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.stream(
+        "POST",
+        f"{server.url}/v1/completions",
+        json=body | {"stream": True},
+        headers=headers,
+        timeout=120,
+    )
+
+
+def post(server: ServerProcess, key: str, **asked: Any) -> httpx.Response:
+    """A completion of five tokens, or what is asked."""
+    body = {"model": "sliced", "prompt": "hi", "max_tokens": 5, "ignore_eos": True} | asked
+    return httpx.post(
+        f"{server.url}/v1/completions",
+        json=body,
+        headers={"Authorization": f"Bearer {key}"},
+        timeout=120,
+    )
+
+
+def sample(server: ServerProcess, name: str) -> float:
+    """The value of a series of one sample, on a server whose metrics are public."""
+    (value,) = (
+        found.value
+        for family in text_string_to_metric_families(
+            httpx.get(f"{server.url}/metrics", timeout=30).text
+        )
+        for found in family.samples
+        if found.name == name
+    )
+    return float(value)
 
 
 def free_port() -> int:

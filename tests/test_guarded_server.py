@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import signal
 import socket
 import time
@@ -15,34 +14,19 @@ import httpx
 import openai
 import pytest
 from browser import needs_chromium, opened
-from otlp_collector import Collector, collecting
 from playwright.sync_api import expect
-from prometheus_client.parser import text_string_to_metric_families
-from server_process import STOP_SECONDS, ServerProcess, serving, stopped, wait_until_gone
+from server_process import (
+    STOP_SECONDS,
+    ServerProcess,
+    post,
+    sample,
+    serving,
+    stopped,
+    stream,
+    wait_until_gone,
+)
 
 KEY, OTHER_KEY, FIXED_KEY = "key-of-alice", "key-of-bob", "key-from-environment"
-
-
-def stream(server: ServerProcess, tokens: int) -> Any:
-    body = {"model": "sliced", "prompt": "hi", "max_tokens": tokens, "ignore_eos": True}
-    headers = {"Authorization": f"Bearer {FIXED_KEY}"}
-    return httpx.stream(
-        "POST",
-        f"{server.url}/v1/completions",
-        json=body | {"stream": True},
-        headers=headers,
-        timeout=120,
-    )
-
-
-def post(server: ServerProcess, key: str, **asked: Any) -> httpx.Response:
-    body = {"model": "sliced", "prompt": "hi", "max_tokens": 5, "ignore_eos": True} | asked
-    return httpx.post(
-        f"{server.url}/v1/completions",
-        json=body,
-        headers={"Authorization": f"Bearer {key}"},
-        timeout=120,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +165,7 @@ def wait_for_status(server: ServerProcess, wanted: Callable[[Any], bool]) -> Non
 
 
 def test_the_status_counts_what_runs(server: ServerProcess) -> None:
-    with stream(server, tokens=450) as answer:
+    with stream(server, FIXED_KEY, tokens=450) as answer:
         lines = answer.iter_lines()
         next(lines)
         with stopped(server.engine()):
@@ -229,25 +213,15 @@ def test_a_hang_is_found_out_and_passes(server: ServerProcess) -> None:
     server.wait_for("/readyz", 200)
 
 
-def sample(server: ServerProcess, name: str) -> float:
-    (value,) = (
-        found.value
-        for family in text_string_to_metric_families(get(server, "/metrics").text)
-        for found in family.samples
-        if found.name == name
-    )
-    return float(value)
-
-
 def test_a_client_that_leaves_frees_the_engine(server: ServerProcess) -> None:
     before = sample(server, "vllm:generation_tokens_total")
     with stopped(server.engine()):
         with ExitStack() as streams:
             for _ in range(3):
-                streams.enter_context(stream(server, tokens=500))
+                streams.enter_context(stream(server, FIXED_KEY, tokens=500))
         time.sleep(1)  # the server has time to see that they left, which nothing shows
     # The gauges are those of the last step, so there must be one.
-    with stream(server, tokens=1) as last:
+    with stream(server, FIXED_KEY, tokens=1) as last:
         assert list(last.iter_lines())
     deadline = time.monotonic() + STOP_SECONDS
     for gauge in ("vllm:num_requests_running", "vllm:kv_cache_usage_perc"):
@@ -301,7 +275,7 @@ def test_who_names_no_number_of_tokens_gets_no_more_than_the_bound(server: Serve
 def test_a_key_has_its_requests_at_a_time(server: ServerProcess) -> None:
     with ExitStack() as streams, stopped(server.engine()):
         for _ in range(5):
-            streams.enter_context(stream(server, tokens=1))
+            streams.enter_context(stream(server, FIXED_KEY, tokens=1))
         refused = post(server, FIXED_KEY)
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) > 0
@@ -329,7 +303,7 @@ def test_keys_are_not_handed_to_the_processes_of_vllm(server: ServerProcess) -> 
 def test_sigterm_drains_and_ends_with_0(server: ServerProcess) -> None:
     with ExitStack() as answers:
         with stopped(server.engine()):
-            answer = answers.enter_context(stream(server, tokens=400))
+            answer = answers.enter_context(stream(server, FIXED_KEY, tokens=400))
             assert answer.status_code == 200
             server.process.send_signal(signal.SIGTERM)
             assert server.wait_for("/readyz", 503).json()["status"] == "draining"
@@ -382,88 +356,3 @@ def test_no_key_was_ever_logged(server: ServerProcess) -> None:
     assert "401" in log
     assert not [key for key in (KEY, OTHER_KEY, FIXED_KEY, "guessed") if key in log]
     assert "Traceback" not in log
-
-
-@pytest.fixture(scope="module")
-def collector() -> Iterator[Collector]:
-    with collecting() as collector:
-        yield collector
-
-
-@pytest.fixture(scope="module")
-def hurried(
-    tiny_sliced: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ServerProcess]:
-    """A server that gives requests little time and keys few tokens, its access log a full disk."""
-    log = tmp_path_factory.mktemp("hurried") / "log"
-    options = ["--request-timeout", "3", "--key-tokens-per-minute", "900", "--metrics-public"]
-    options += ["--access-log", "/dev/full", "--otlp-traces-endpoint", collector.url]
-    environment = {
-        "SLICESERVE_API_KEY": f"{FIXED_KEY},{OTHER_KEY}",
-        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
-        "OTEL_BSP_SCHEDULE_DELAY": "100",
-    }
-    with serving(tiny_sliced, log, *options, **environment) as server:
-        server.wait_for("/readyz", 200)
-        yield server
-
-
-def test_a_key_has_its_tokens_a_minute(hurried: ServerProcess) -> None:
-    first = post(hurried, OTHER_KEY, n=2, max_tokens=450)
-    assert first.json()["usage"]["completion_tokens"] == 900
-    refused = post(hurried, OTHER_KEY)
-    assert refused.status_code == 429
-    assert "900 tokens a minute" in refused.json()["error"]["message"]
-    assert post(hurried, FIXED_KEY).status_code == 200
-
-
-def test_a_trace_leads_from_the_client_to_the_engine(
-    hurried: ServerProcess, collector: Collector
-) -> None:
-    trace, client = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-    answer = httpx.post(
-        f"{hurried.url}/v1/completions",
-        json={"model": "sliced", "prompt": "hi", "max_tokens": 3},
-        headers={
-            "Authorization": f"Bearer {FIXED_KEY}",
-            "traceparent": f"00-{trace}-{client}-01",
-            "X-Request-ID": "traced",
-        },
-        timeout=60,
-    )
-    assert answer.status_code == 200
-    ours = collector.wait_for(lambda span: span.parent_span_id == bytes.fromhex(client))
-    theirs = collector.wait_for(lambda span: span.parent_span_id == ours.span_id)
-    assert {ours.trace_id, theirs.trace_id} == {bytes.fromhex(trace)}
-    assert ours.name == "POST /v1/completions"
-    values = {pair.key: pair.value for pair in ours.attributes}
-    assert values["http.response.status_code"].int_value == 200
-    assert values["sliceserve.request.id"].string_value == "traced"
-    assert "gen_ai.usage.completion_tokens" in {pair.key for pair in theirs.attributes}
-
-
-def test_what_takes_too_long_ends_and_frees_the_engine(hurried: ServerProcess) -> None:
-    with stopped(hurried.engine()):
-        late = post(hurried, FIXED_KEY, max_tokens=500)
-        assert late.status_code == 408
-        assert "within 3 s" in late.json()["error"]["message"]
-        with stream(hurried, tokens=500) as answer:
-            assert answer.status_code == 200
-            events = [line for line in answer.iter_lines() if line]
-    assert events[-1] == "data: [DONE]"
-    assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == 408
-    assert post(hurried, FIXED_KEY, max_tokens=1).status_code == 200
-    assert not sample(hurried, "vllm:num_requests_running")
-
-
-def test_a_killed_engine_ends_streams_and_the_server(hurried: ServerProcess) -> None:
-    os.kill(engine := hurried.engine(), signal.SIGSTOP)
-    with stream(hurried, tokens=500) as answer:
-        assert answer.status_code == 200
-        os.kill(engine, signal.SIGKILL)
-        rest = "".join(answer.iter_lines())
-    assert '"error"' in rest
-    assert "Traceback" not in rest
-    assert hurried.log.read_text().count("The access log loses lines") == 1
-    assert hurried.process.wait(STOP_SECONDS) == 1, hurried.log.read_text()
-    wait_until_gone(hurried.process.pid)

@@ -1,0 +1,108 @@
+"""A real server that gives requests little time and keys few tokens, traced, until it is killed."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from otlp_collector import Collector, collecting
+from server_process import (
+    STOP_SECONDS,
+    ServerProcess,
+    post,
+    sample,
+    serving,
+    stopped,
+    stream,
+    wait_until_gone,
+)
+
+FIXED_KEY, OTHER_KEY = "key-from-environment", "key-of-bob"
+
+
+@pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def hurried(
+    tiny_sliced: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """A server that gives requests little time and keys few tokens, its access log a full disk."""
+    log = tmp_path_factory.mktemp("hurried") / "log"
+    options = ["--request-timeout", "3", "--key-tokens-per-minute", "900", "--metrics-public"]
+    options += ["--access-log", "/dev/full", "--otlp-traces-endpoint", collector.url]
+    environment = {
+        "SLICESERVE_API_KEY": f"{FIXED_KEY},{OTHER_KEY}",
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+        "OTEL_BSP_SCHEDULE_DELAY": "100",
+    }
+    with serving(tiny_sliced, log, *options, **environment) as server:
+        server.wait_for("/readyz", 200)
+        yield server
+
+
+def test_a_key_has_its_tokens_a_minute(hurried: ServerProcess) -> None:
+    first = post(hurried, OTHER_KEY, n=2, max_tokens=450)
+    assert first.json()["usage"]["completion_tokens"] == 900
+    refused = post(hurried, OTHER_KEY)
+    assert refused.status_code == 429
+    assert "900 tokens a minute" in refused.json()["error"]["message"]
+    assert post(hurried, FIXED_KEY).status_code == 200
+
+
+def test_a_trace_leads_from_the_client_to_the_engine(
+    hurried: ServerProcess, collector: Collector
+) -> None:
+    trace, client = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    answer = httpx.post(
+        f"{hurried.url}/v1/completions",
+        json={"model": "sliced", "prompt": "hi", "max_tokens": 3},
+        headers={
+            "Authorization": f"Bearer {FIXED_KEY}",
+            "traceparent": f"00-{trace}-{client}-01",
+            "X-Request-ID": "traced",
+        },
+        timeout=60,
+    )
+    assert answer.status_code == 200
+    ours = collector.wait_for(lambda span: span.parent_span_id == bytes.fromhex(client))
+    theirs = collector.wait_for(lambda span: span.parent_span_id == ours.span_id)
+    assert {ours.trace_id, theirs.trace_id} == {bytes.fromhex(trace)}
+    assert ours.name == "POST /v1/completions"
+    values = {pair.key: pair.value for pair in ours.attributes}
+    assert values["http.response.status_code"].int_value == 200
+    assert values["sliceserve.request.id"].string_value == "traced"
+    assert "gen_ai.usage.completion_tokens" in {pair.key for pair in theirs.attributes}
+
+
+def test_what_takes_too_long_ends_and_frees_the_engine(hurried: ServerProcess) -> None:
+    with stopped(hurried.engine()):
+        late = post(hurried, FIXED_KEY, max_tokens=500)
+        assert late.status_code == 408
+        assert "within 3 s" in late.json()["error"]["message"]
+        with stream(hurried, FIXED_KEY, tokens=500) as answer:
+            assert answer.status_code == 200
+            events = [line for line in answer.iter_lines() if line]
+    assert events[-1] == "data: [DONE]"
+    assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == 408
+    assert post(hurried, FIXED_KEY, max_tokens=1).status_code == 200
+    assert not sample(hurried, "vllm:num_requests_running")
+
+
+def test_a_killed_engine_ends_streams_and_the_server(hurried: ServerProcess) -> None:
+    os.kill(engine := hurried.engine(), signal.SIGSTOP)
+    with stream(hurried, FIXED_KEY, tokens=500) as answer:
+        assert answer.status_code == 200
+        os.kill(engine, signal.SIGKILL)
+        rest = "".join(answer.iter_lines())
+    assert '"error"' in rest
+    assert "Traceback" not in rest
+    assert hurried.log.read_text().count("The access log loses lines") == 1
+    assert hurried.process.wait(STOP_SECONDS) == 1, hurried.log.read_text()
+    wait_until_gone(hurried.process.pid)
