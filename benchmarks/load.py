@@ -1,5 +1,6 @@
 """Many connections at once, a third of them left early: does anything leak, do counters add up?
 
+    pip install '.[load]'   # Locust
     python benchmarks/load.py DIR --users 200 --seconds 60
 
 Serves DIR on the CPU, lets Locust load it twice for so long, and prints a table: memory and open
