@@ -152,7 +152,9 @@ def refuse_limits_without_keys(settings: ServerSettings, *, keyed: bool) -> None
         UserError: there are such limits.
 
     """
-    for name, value in () if keyed else settings.limits_of_keys.items():
+    limits = settings.limits_of_keys
+    if limits and not keyed:
+        name, value = next(iter(limits.items()))
         raise UserError(
             f"--{name.replace('_', '-')} {value}: there is no API key; give --api-key-file or "
             "SLICESERVE_API_KEY"

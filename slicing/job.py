@@ -58,7 +58,7 @@ class SliceOptions:
 
     Attributes:
         target_params: parameters to keep, rotations and head included, as a share of the model's
-            as it is stored; picks the width. None takes the fraction.
+            as it is stored; picks the width, and the form unless given. None takes the fraction.
         fraction: of hidden_size to delete, in [0, 1); None takes `shape.FRACTION`.
         rotation: "dense" for whole matrices and a head of full width, as in the paper; "low-rank"
             for aligned bases and rotations of low rank; "shared" for one basis and no rotations;
