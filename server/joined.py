@@ -9,8 +9,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.model_executor.layers.linear import LinearBase
+
+from sliceserve.kernels.accumulate import accumulate
 
 ALIGNMENT = 8  # elements; a shard of a rotation starts at a multiple: 16 bytes of bfloat16
 
@@ -109,8 +115,19 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
         product: Tensor = self.quant_method.apply(self, x, self.bias)
         return product
 
-    def add_biases(self, x: Tensor) -> Tensor:
-        """Add the biases of summed outputs."""
+    def summed(self, a: Tensor) -> Tensor:
+        """Return a·Wᵀ summed over the ranks, with biases: [tokens, out]."""
+        summed: Tensor = tensor_model_parallel_all_reduce(self(a))
+        return self._with_biases(summed)
+
+    def add_to(self, x: Tensor, a: Tensor) -> Tensor:
+        """Return x [tokens, out] with `summed(a)` added; x may be changed."""
+        if x.is_cuda and get_tensor_model_parallel_world_size() == 1:
+            accumulate(x, a, self.weight)
+            return self._with_biases(x)
+        return x + self.summed(a)
+
+    def _with_biases(self, x: Tensor) -> Tensor:
         for bias in self.summed_biases.values():
             x = x + bias
         return x

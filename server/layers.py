@@ -50,6 +50,7 @@ class LayerBuilder:
         self.config = vllm_config.model_config.hf_config
         self.cache_config = vllm_config.cache_config
         self.quant_config = vllm_config.quant_config
+        self.dtype = vllm_config.model_config.dtype
         self.architecture = architecture
         self.prefix = prefix
         index = prefix.rsplit(".", 1)[1]

@@ -1,0 +1,104 @@
+"""What our kernels take beside what torch.compile makes of the same, on one GPU.
+
+    python benchmarks/operations.py llama-2-7b llama-2-13b llama-2-70b
+
+Bfloat16, a quarter of the width deleted, low-rank rotations of the default rank, each as a CUDA
+graph. Microseconds a call, compiled and ours, and their ratio. `gated`: norm, activation and
+concatenation, without the products. `accumulate`: the product that writes, with its addition.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from shapes import SHAPES
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from sliceserve.kernels.accumulate import accumulate
+from sliceserve.kernels.gated import gated
+from sliceserve.slicing.rotations import default_rank
+from sliceserve.slicing.shape import sliced_width
+
+EPS = 1e-5
+REPLAYS, ROUNDS, CALLS = 10, 5, 8
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    """Return the time of a call in a CUDA graph of several, the best of some rounds."""
+    for _ in range(2):
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            call()
+    best = float("inf")
+    for _ in range(ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(REPLAYS):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) / REPLAYS / CALLS * 1000)
+    return best
+
+
+def normed_and_joined(x: Tensor, projected: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return what the product reads, and what it writes joined with the rotation's columns."""
+    inner = (projected.shape[1] - rank) // 2
+    square = x.float().square().mean(-1, keepdim=True) + EPS
+    normed = (x.float() * square.rsqrt()).to(x.dtype)
+    gate, up, beside = projected.split([inner, inner, rank], dim=-1)
+    return normed, torch.cat([silu(gate) * up, beside * square.sqrt().to(x.dtype)], dim=-1)
+
+
+def added(x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
+    """Return the stream with a product added."""
+    return x + linear(a, weight)
+
+
+def measure(tokens: int, width: int, inner: int, rank: int) -> dict[str, tuple[float, float]]:
+    """Return the microseconds of each operation, compiled and ours."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.bfloat16, device="cuda") / 64
+
+    x, projected = random(tokens, width), random(tokens, 2 * inner + rank)
+    a, weight = random(tokens, inner + rank), random(width, inner + rank)
+    torch.compiler.reset()
+    joins, adds = torch.compile(normed_and_joined), torch.compile(added)
+    return {
+        "gated": (
+            microseconds(lambda: joins(x, projected, rank)),
+            microseconds(lambda: gated(x, projected, rank, EPS)),
+        ),
+        "accumulate": (
+            microseconds(lambda: adds(x, a, weight)),
+            microseconds(lambda: accumulate(x, a, weight)),
+        ),
+    }
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("shapes", nargs="+", choices=SHAPES)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 256, 1024, 8192])
+    options = parser.parse_args()
+    print("| operation | shape | " + " | ".join(f"{count} tokens" for count in options.tokens) + " |")
+    print("| --- | --- |" + " ---: |" * len(options.tokens))
+    for shape in options.shapes:
+        hidden, inner = SHAPES[shape]["hidden_size"], SHAPES[shape]["intermediate_size"]
+        width, rank = sliced_width(hidden, 0.25, 128), default_rank(hidden)
+        columns = [measure(count, width, inner, rank) for count in options.tokens]
+        for name in columns[0]:
+            cells = (
+                f"{compiled:.1f} → {ours:.1f} ({ours / compiled:.2f})"
+                for compiled, ours in (column[name] for column in columns)
+            )
+            print(f"| {name} | {shape} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
