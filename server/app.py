@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import REGISTRY
 from vllm.logger import init_logger
 from vllm.third_party import pynvml
-from vllm.v1.engine.async_llm import AsyncLLM
 
 from sliceserve.server import vllm_compat
 from sliceserve.server.auth import KeyRing
 from sliceserve.server.drain import METRICS
+from sliceserve.server.engine import start_engine
 from sliceserve.server.gpus import GpuReader, engine_gpus, watching_gpus
 from sliceserve.server.health import Lifecycle, Phase
 from sliceserve.server.introspection import show_facts, sliced_facts
@@ -23,6 +23,7 @@ from sliceserve.server.listener import listening, make_listener
 from sliceserve.server.live import LiveFigures
 from sliceserve.server.metrics import ServerMetrics, gpus_of
 from sliceserve.server.progress import shared_progress
+from sliceserve.server.queued import TokenQueue
 from sliceserve.server.status_page import show_status
 
 if TYPE_CHECKING:
@@ -41,18 +42,6 @@ _logger = init_logger("vllm.sliceserve")
 
 # By these vLLM lets every client restart the engines with other parallelism, for MoE models.
 CLOSED_PATHS = frozenset({"/scale_elastic_ep", "/is_scaling_elastic_ep"})
-
-
-class Engine(AsyncLLM):  # type: ignore[misc]
-    """vLLM's engine, with a question that only a running one answers."""
-
-    async def answer(self) -> None:
-        """Return once the engine's loop has answered; raises if it is dead.
-
-        The loop answers between two steps of the model, so a step that hangs is noticed.
-        """
-        await self.check_health()
-        await self.is_sleeping()
 
 
 async def create_app(
@@ -91,21 +80,6 @@ def create_metrics(vllm_config: Any, summary: CheckpointSummary) -> ServerMetric
     return metrics
 
 
-def start_engine(
-    vllm_config: Any, args: argparse.Namespace, metrics: ServerMetrics, live: LiveFigures
-) -> Engine:
-    """Load the model; must run inside an event loop."""
-    engine: Engine = Engine.from_vllm_config(
-        vllm_config,
-        # A custom stat logger would switch the statistics on again.
-        stat_loggers=None if args.disable_log_stats else [metrics.stat_logger, live.stat_logger],
-        enable_log_requests=args.enable_log_requests,
-        aggregate_engine_logging=args.aggregate_engine_logging,
-        disable_log_stats=args.disable_log_stats,
-    )
-    return engine
-
-
 def access_of(settings: ServerSettings, args: argparse.Namespace) -> Access:
     """Read the keys; raises UserError if their file is unusable."""
     keys = KeyRing((key.get_secret_value() for key in settings.api_key), file=settings.api_key_file)
@@ -134,6 +108,8 @@ async def serve(
                 gpus = GpuReader(pynvml, engine_gpus(vllm_config, os.environ))
                 live = LiveFigures()
                 engine = start_engine(vllm_config, args, metrics, live)
+                if settings.max_queued_tokens is not None:
+                    engine.queue = TokenQueue(settings.max_queued_tokens, engine.queued_tokens)
             except Exception:
                 _logger.exception("The engine did not start.")
                 return 1

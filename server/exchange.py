@@ -23,13 +23,14 @@ _SCOPE_KEY = "sliceserve.exchange"
 
 
 class Refusal(StrEnum):
-    """Why a request with a valid key was refused before it reached vLLM; a label's values."""
+    """Why a request with a valid key was refused before the engine had it; a label's values."""
 
     FULL = "full"
     DRAINING = "draining"
     BODY_TOO_LARGE = "body_too_large"
     BODY_TOO_SLOW = "body_too_slow"
     ASKS_TOO_MUCH = "asks_too_much"
+    QUEUED_TOKENS = "queued_tokens"
     KEY_FULL = "key_full"
     KEY_REQUESTS = "key_requests_per_minute"
     KEY_TOKENS = "key_tokens_per_minute"
@@ -47,7 +48,7 @@ class Exchange:
         key: the name of the key that opened the server, never the key.
         model: what the client asked for, as it is.
         status: None if no answer began.
-        refused: None if vLLM was asked, or would have been.
+        refused: None if the engine was asked, or would have been.
         disconnected: the client left before the end of the answer.
         prompt_tokens: None where vLLM does not say.
         generation_tokens: the same.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sliceserve.server import vllm_compat
 from sliceserve.server.admission import Admission, Limits
@@ -17,6 +17,7 @@ from sliceserve.server.faults import Faults
 from sliceserve.server.health import LIVEZ, READYZ, EngineProbe, Health, Lifecycle
 from sliceserve.server.metrics import Refreshing, ServerMetrics
 from sliceserve.server.per_key import KeyLimits, PerKey
+from sliceserve.server.queued import QueueLimit
 from sliceserve.server.responses import unavailable
 from sliceserve.server.status_page import PAGE, StatusPage
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+    from sliceserve.server.engine import Engine
     from sliceserve.server.settings import ServerSettings
 
 OWN_PATHS = frozenset({LIVEZ, READYZ, METRICS, PAGE})
@@ -49,7 +51,7 @@ def while_starting(
 
 def while_serving(
     app: FastAPI,
-    engine: Any,
+    engine: Engine,
     access: Access,
     settings: ServerSettings,
     lifecycle: Lifecycle,
@@ -62,7 +64,7 @@ def while_serving(
 
     Args:
         app: vLLM's application.
-        engine: the engine behind it, for the probes.
+        engine: the engine behind it.
         access: who may reach what.
         settings: the bounds.
         lifecycle: the server's phase.
@@ -71,11 +73,17 @@ def while_serving(
         traces: whether every request gets a span.
 
     """
-    admission = Admission(_bounded(app, settings), _limits(settings))
+    queue = engine.queue
+    queued = app if queue is None else QueueLimit(app, queue)
+    admission = Admission(_bounded(queued, settings), _limits(settings))
     drain = Drain(PerKey(admission, _key_limits(settings)), lifecycle)
-    current = Refreshing(drain, lambda: metrics.refresh(admission.running))
+    current = Refreshing(drain, lambda: metrics.refresh(admission.running, engine.queued_tokens()))
     probe = EngineProbe(engine.answer, settings.probe_timeout)
-    serving = guarded(current, access, lifecycle, probe, lambda: admission.full)
+
+    def overloaded() -> bool:
+        return admission.full or (queue is not None and queue.full)
+
+    serving = guarded(current, access, lifecycle, probe, overloaded)
     routes = known_paths(app)
     if traces:
         serving = traced(serving, routes)

@@ -88,9 +88,9 @@ def stopped(process: int) -> Iterator[None]:
         os.kill(process, signal.SIGCONT)
 
 
-def stream(server: ServerProcess, key: str, tokens: int) -> Any:
+def stream(server: ServerProcess, key: str, tokens: int, prompt: str = "hi") -> Any:
     """A streamed completion, to be read within a block."""
-    body = {"model": "sliced", "prompt": "hi", "max_tokens": tokens, "ignore_eos": True}
+    body = {"model": "sliced", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
     headers = {"Authorization": f"Bearer {key}"}
     return httpx.stream(
         "POST",
