@@ -14,6 +14,7 @@ from sliceserve.server import vllm_compat
 from sliceserve.server.auth import KeyRing
 from sliceserve.server.drain import METRICS
 from sliceserve.server.engine import start_engine
+from sliceserve.server.failure import shared_failure
 from sliceserve.server.gpus import GpuReader, engine_gpus, watching_gpus
 from sliceserve.server.health import Lifecycle, Phase
 from sliceserve.server.introspection import show_facts, sliced_facts
@@ -101,7 +102,11 @@ async def serve(
     lifecycle = Lifecycle()
     with ExitStack() as cleanup:
         starting = while_starting(access, lifecycle, log)
-        with listening(starting, args, bound), shared_progress() as loaded:
+        with (
+            listening(starting, args, bound),
+            shared_progress() as loaded,
+            shared_failure() as failure,
+        ):
             lifecycle.enter(Phase.STARTING, "loading the model", loaded)
             try:
                 metrics = create_metrics(vllm_config, summary)
@@ -111,7 +116,10 @@ async def serve(
                 if settings.max_queued_tokens is not None:
                     engine.queue = TokenQueue(settings.max_queued_tokens, engine.queued_tokens)
             except Exception:
-                _logger.exception("The engine did not start.")
+                if (cause := failure()) is not None:
+                    _logger.error("The engine did not start: %s", cause)
+                else:
+                    _logger.exception("The engine did not start.")
                 return 1
             # Does nothing after an orderly end.
             cleanup.callback(engine.shutdown, timeout=0)

@@ -1,4 +1,4 @@
-"""What clients send: the openai client in its many ways, and what nobody would send.
+"""What clients send: the openai client in its many ways, what nobody would send, and too much.
 
 The latter is made by Schemathesis from the server's description; `FUZZ_EXAMPLES` says how much for
 an operation.
@@ -6,17 +6,19 @@ an operation.
 
 import json
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
+import out_of_memory
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from jsonschema import validate
-from server_process import ServerProcess, serving, stopped
+from server_process import ServerProcess, ends_with_its_engine, serving, stopped
 
 KEY = "fuzz"
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "15"))
@@ -24,12 +26,21 @@ NOT_IMPLEMENTED = 501
 
 
 @pytest.fixture(scope="module")
-def server(tiny_sliced: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a file lets the engine run out of memory."""
+    return out_of_memory.installed(tmp_path_factory.mktemp("memory"))
+
+
+@pytest.fixture(scope="module")
+def server(
+    tiny_sliced: Path, memory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
     log = tmp_path_factory.mktemp("fuzz") / "log"
     template = log.with_name("template")
     template.write_text("{{ messages[0]['content'] }}")
-    options = ("--chat-template", str(template), "--request-timeout", "20")
-    with serving(tiny_sliced, log, *options, SLICESERVE_API_KEY=KEY) as server:
+    options = ["--chat-template", str(template), "--request-timeout", "20"]
+    environment = {"SLICESERVE_API_KEY": KEY, "PYTHONPATH": str(memory)}
+    with serving(tiny_sliced, log, *options, **environment) as server:
         server.wait_for("/readyz", 200)
         yield server
 
@@ -104,3 +115,14 @@ def test_no_request_breaks_the_server(server: ServerProcess) -> None:
     print(dict(answers))
     assert answers[200] > EXAMPLES
     assert server.wait_for("/readyz", 200, 503).status_code == 200
+
+
+def test_an_engine_out_of_memory_ends_streams_and_the_server(
+    server: ServerProcess, memory: Path
+) -> None:
+    def fail(engine: int) -> None:
+        (memory / "step").touch()
+        os.kill(engine, signal.SIGCONT)
+
+    ends_with_its_engine(server, KEY, fail)
+    assert out_of_memory.MESSAGE in server.log.read_text()

@@ -21,10 +21,10 @@ from server_process import (
     ServerProcess,
     post,
     sample,
+    scraped_to_its_end,
     serving,
     stopped,
     stream,
-    wait_until_gone,
 )
 
 KEY, OTHER_KEY, FIXED_KEY = "key-of-alice", "key-of-bob", "key-from-environment"
@@ -390,8 +390,7 @@ def test_sigterm_drains_and_ends_with_0(server: ServerProcess) -> None:
     for route, status in (("/v1/models", 503), ("/v1/models", 401), ("/v1/completions", 413)):
         assert f'route="{route}",status="{status}"' in metrics
     assert 'route="/v1/completions",status="disconnected"' in metrics
-    assert server.process.wait(STOP_SECONDS) == 0, server.log.read_text()
-    wait_until_gone(server.process.pid)
+    assert scraped_to_its_end(server, FIXED_KEY) == 0, server.log.read_text()
 
 
 def test_every_request_has_a_line_in_the_log(server: ServerProcess) -> None:
