@@ -39,6 +39,7 @@ def server(
     template = log.with_name("template")
     template.write_text("{{ messages[0]['content'] }}")
     options = ["--chat-template", str(template), "--request-timeout", "20"]
+    options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     environment = {"SLICESERVE_API_KEY": KEY, "PYTHONPATH": str(memory)}
     with serving(tiny_sliced, log, *options, **environment) as server:
         server.wait_for("/readyz", 200)
@@ -63,6 +64,39 @@ def test_structured_output_follows_its_schema(client: openai.OpenAI) -> None:
     form: Any = {"type": "json_schema", "json_schema": {"name": "pick", "schema": SCHEMA}}
     answer = client.chat.completions.create(**ASKED, response_format=form, max_tokens=200)
     validate(json.loads(answer.choices[0].message.content or ""), SCHEMA)
+
+
+NAMED: Any = {"type": "function", "function": {"name": "pick"}}
+
+
+TOOL: dict[str, Any] = {
+    "tools": [
+        {"type": "function", "function": {"name": "pick", "parameters": SCHEMA, "strict": True}}
+    ],
+    "parallel_tool_calls": False,
+    "max_tokens": 300,
+    "seed": 1,
+}
+
+
+@pytest.mark.parametrize("choice", [NAMED, "required"], ids=["named", "required"])
+def test_the_arguments_of_a_strict_tool_follow_its_schema(
+    client: openai.OpenAI, choice: Any
+) -> None:
+    answer = client.chat.completions.create(**ASKED, **TOOL, tool_choice=choice)
+    (call,) = answer.choices[0].message.tool_calls or ()
+    assert call.function.name == "pick"
+    validate(json.loads(call.function.arguments), SCHEMA)
+
+
+def test_a_stream_of_a_strict_tool_adds_up_to_arguments_of_its_schema(
+    client: openai.OpenAI,
+) -> None:
+    parts = client.chat.completions.create(**ASKED, **TOOL, tool_choice=NAMED, stream=True)
+    calls = [call for part in parts for call in part.choices[0].delta.tool_calls or ()]
+    told = [call.function for call in calls if call.function]
+    assert "".join(function.name or "" for function in told) == "pick"
+    validate(json.loads("".join(function.arguments or "" for function in told)), SCHEMA)
 
 
 def test_a_stream_adds_up_to_the_answer_in_one_piece(client: openai.OpenAI) -> None:
