@@ -20,6 +20,7 @@ OTHER_ROUTE = "other"
 REQUEST_ID = "X-Request-ID"
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _SCOPE_KEY = "sliceserve.exchange"
+_KEY_NAME = "sliceserve.key"
 
 
 class Refusal(StrEnum):
@@ -84,6 +85,19 @@ class Exchange:
 def exchange_of(scope: Scope) -> Exchange | None:
     """Return the exchange that a layer within `Watch` may fill in."""
     found: Exchange | None = scope.get(_SCOPE_KEY)
+    return found
+
+
+def note_key(scope: Scope, name: str) -> None:
+    """Note the name of the key that opened the server, for a WebSocket too."""
+    scope[_KEY_NAME] = name
+    if (exchange := exchange_of(scope)) is not None:
+        exchange.key = name
+
+
+def key_of(scope: Scope) -> str | None:
+    """Return the name of the key that opened the server; None where there are no keys."""
+    found: str | None = scope.get(_KEY_NAME)
     return found
 
 
