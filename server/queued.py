@@ -24,8 +24,9 @@ class Asking:
     Attributes:
         promised: tokens that the engine will get but does not have yet, by vLLM's request id.
         asked: the engine was asked for something.
-        committed: its answer has begun, or the engine works for it, or it is over.
+        committed: its answer has begun, or the engine works for it.
         refused: it gets 429, whatever the application answers.
+        over: what still comes of it, in the background, is not waited for.
 
     """
 
@@ -33,6 +34,7 @@ class Asking:
     asked: bool = False
     committed: bool = False
     refused: bool = False
+    over: bool = False
 
 
 # vLLM's routes do not tell its engine which HTTP request they ask for; tasks inherit this.
@@ -75,7 +77,7 @@ class TokenQueue:
 
         """
         asking = _asking.get()
-        if asking is None:
+        if asking is None or asking.over:
             return True
         asking.asked = True
         if not asking.committed:
@@ -97,7 +99,7 @@ class TokenQueue:
 
     def close(self, asking: Asking) -> None:
         """Stop counting all that a request was promised and has not asked the engine for."""
-        asking.committed = True
+        asking.over = True
         self._promised -= asking.promised.total()
         asking.promised.clear()
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -27,10 +28,11 @@ class StandIn:
     def __init__(self) -> None:
         self.waiting: dict[str, int] = {}
         self.going = asyncio.Event()
+        self.background: asyncio.Task[list[str]] | None = None
         self.queue = TokenQueue(LIMIT, lambda: sum(self.waiting.values()))
         handlers = {
             "whole": self.whole, "early": self.early, "late": self.late, "lost": self.lost,
-            "nothing": self.nothing,
+            "later": self.later, "nothing": self.nothing,
         }  # fmt: skip
         routes = [Route(f"/{name}", each, methods=["POST"]) for name, each in handlers.items()]
         self.reported: list[Exchange] = []
@@ -88,6 +90,18 @@ class StandIn:
         """Ask, and fail before the engine hears of it."""
         self.ask_all(await request.json())
         raise RuntimeError
+
+    async def later(self, request: Request) -> Response:
+        """Answer, and then ask."""
+        asked = await request.json()
+        answered = asyncio.Event()
+
+        async def ask() -> list[str]:
+            await answered.wait()
+            return [part for answer in self.ask_all(asked) async for part in answer]
+
+        self.background = asyncio.create_task(ask())
+        return JSONResponse("queued", background=BackgroundTask(answered.set))
 
     async def nothing(self, _request: Request) -> Response:
         async def parts() -> AsyncIterator[str]:
@@ -186,6 +200,22 @@ def test_a_stream_that_has_begun_is_not_refused_later() -> None:
         answer = await begun
         assert answer.status_code == 200
         assert answer.text.split() == ["data:", "created", *["data:", "token"] * 2]
+
+    asyncio.run(scenario())
+
+
+def test_what_is_asked_for_after_the_answer_is_let_in() -> None:
+    async def scenario() -> None:
+        standing = StandIn()
+        first = await fill(standing, 60)
+        assert (await post(standing, "/later", other=90)).text == '"queued"'
+        while "other" not in standing.waiting:
+            await asyncio.sleep(0)
+        assert standing.queue.tokens == 60 + 90
+        standing.going.set()
+        assert await standing.background == ["data: token\n\n"]
+        await first
+        assert standing.queue.tokens == 0
 
     asyncio.run(scenario())
 
