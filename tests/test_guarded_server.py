@@ -341,7 +341,6 @@ def test_a_request_that_waits_alone_has_room_and_leaving_gives_it_back(
     with stopped(server.engine()):
         with stream(server, FIXED_KEY, tokens=1, prompt="y" * 450) as answer:
             assert answer.status_code == 200
-            assert server.wait_for("/readyz", 503).json()["status"] in ("overloaded", "failing")
         deadline = time.monotonic() + STOP_SECONDS
         while sample(server, "sliceserve_queued_prompt_tokens"):
             assert time.monotonic() < deadline

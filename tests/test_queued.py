@@ -3,17 +3,25 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, make_asgi_app
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from sliceserve.server.auth import KeyRing
 from sliceserve.server.exchange import Exchange, Refusal, Watch
+from sliceserve.server.health import Lifecycle, Phase
+from sliceserve.server.layering import Access, while_serving
+from sliceserve.server.metrics import ServerMetrics
 from sliceserve.server.queued import QueueLimit, TokenQueue
+from sliceserve.server.settings import ServerSettings
 
 LIMIT = 100
 
@@ -228,6 +236,44 @@ def test_what_asks_the_engine_for_nothing_passes() -> None:
         assert (await post(standing, "/nothing")).text == "ab"
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("limit", "status"), [(11, 200), (10, 503), (None, 200)])
+def test_a_full_queue_makes_the_server_unready(limit: int | None, status: int) -> None:
+    class Engine:
+        queue = None if limit is None else TokenQueue(limit, lambda: 10)
+
+        def queued_tokens(self) -> int:
+            return 10
+
+        async def answer(self) -> None:
+            pass
+
+    engine: Any = Engine()
+    registry = CollectorRegistry()
+    app = FastAPI()
+    app.mount("/metrics", make_asgi_app(registry))
+    serving, _ = while_serving(
+        app,
+        engine,
+        Access(KeyRing(), frozenset(), cross_origin=False),
+        ServerSettings(),
+        Lifecycle(Phase.SERVING),
+        ServerMetrics(registry, "m"),
+        lambda _exchange: None,
+        traces=False,
+    )
+
+    async def once() -> None:
+        transport = httpx.ASGITransport(app=serving)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            ready = await client.get("/readyz")
+            assert ready.status_code == status
+            assert ready.json()["status"] == ("serving" if status == 200 else "overloaded")
+            shown = (await client.get("/metrics/")).text
+            assert 'sliceserve_queued_prompt_tokens{model_name="m"} 10.0' in shown
+
+    asyncio.run(once())
 
 
 def test_what_is_no_http_request_is_let_in() -> None:
