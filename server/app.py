@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY
 from vllm.logger import init_logger
 from vllm.third_party import pynvml
-from vllm.v1.engine.async_llm import AsyncLLM
 
 from sliceserve.server import vllm_compat
-from sliceserve.server.admission import Admission, Limits
-from sliceserve.server.arguments import Arguments
-from sliceserve.server.auth import Auth, KeyRing
-from sliceserve.server.bounds import Bounds
-from sliceserve.server.deadline import Deadline
-from sliceserve.server.drain import METRICS, Drain
-from sliceserve.server.exchange import Exchange, Watch
-from sliceserve.server.faults import Faults
+from sliceserve.server.auth import KeyRing
+from sliceserve.server.drain import METRICS
+from sliceserve.server.engine import start_engine
+from sliceserve.server.failure import shared_failure
 from sliceserve.server.gpus import GpuReader, engine_gpus, watching_gpus
-from sliceserve.server.health import LIVEZ, READYZ, EngineProbe, Health, Lifecycle, Phase
+from sliceserve.server.health import Lifecycle, Phase
 from sliceserve.server.introspection import show_facts, sliced_facts
+from sliceserve.server.layering import Access, while_serving, while_starting
 from sliceserve.server.life import run_until_signal
 from sliceserve.server.listener import listening, make_listener
 from sliceserve.server.live import LiveFigures
-from sliceserve.server.metrics import Refreshing, ServerMetrics, gpus_of
-from sliceserve.server.per_key import KeyLimits, PerKey
+from sliceserve.server.metrics import ServerMetrics, gpus_of
 from sliceserve.server.progress import shared_progress
-from sliceserve.server.responses import unavailable
-from sliceserve.server.status_page import PAGE, StatusPage, show_status
+from sliceserve.server.queued import TokenQueue
+from sliceserve.server.status_page import show_status
 
 if TYPE_CHECKING:
     import argparse
@@ -39,29 +33,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fastapi import FastAPI
-    from starlette.types import ASGIApp, Receive, Scope, Send
 
+    from sliceserve.server.exchange import Exchange
     from sliceserve.server.settings import ServerSettings
     from sliceserve.slicing.checkpoint import CheckpointSummary
 
 # vLLM's logging configuration, which its options and variables change, covers only this subtree.
 _logger = init_logger("vllm.sliceserve")
 
-OWN_PATHS = frozenset({LIVEZ, READYZ, METRICS, PAGE})
 # By these vLLM lets every client restart the engines with other parallelism, for MoE models.
 CLOSED_PATHS = frozenset({"/scale_elastic_ep", "/is_scaling_elastic_ep"})
-
-
-class Engine(AsyncLLM):  # type: ignore[misc]
-    """vLLM's engine, with a question that only a running one answers."""
-
-    async def answer(self) -> None:
-        """Return once the engine's loop has answered; raises if it is dead.
-
-        The loop answers between two steps of the model, so a step that hangs is noticed.
-        """
-        await self.check_health()
-        await self.is_sleeping()
 
 
 async def create_app(
@@ -100,67 +81,11 @@ def create_metrics(vllm_config: Any, summary: CheckpointSummary) -> ServerMetric
     return metrics
 
 
-def start_engine(
-    vllm_config: Any, args: argparse.Namespace, metrics: ServerMetrics, live: LiveFigures
-) -> Engine:
-    """Load the model; must run inside an event loop."""
-    engine: Engine = Engine.from_vllm_config(
-        vllm_config,
-        # A custom stat logger would switch the statistics on again.
-        stat_loggers=None if args.disable_log_stats else [metrics.stat_logger, live.stat_logger],
-        enable_log_requests=args.enable_log_requests,
-        aggregate_engine_logging=args.aggregate_engine_logging,
-        disable_log_stats=args.disable_log_stats,
-    )
-    return engine
-
-
-@dataclass(frozen=True)
-class Access:
-    """Who may reach what: the keys, if any, and what is open without one."""
-
-    keys: KeyRing
-    public: frozenset[str]
-    cross_origin: bool
-
-
 def access_of(settings: ServerSettings, args: argparse.Namespace) -> Access:
     """Read the keys; raises UserError if their file is unusable."""
     keys = KeyRing((key.get_secret_value() for key in settings.api_key), file=settings.api_key_file)
     public = frozenset({METRICS} if settings.metrics_public else ())
     return Access(keys, public, cross_origin=bool(args.allowed_origins))
-
-
-def guarded(
-    app: ASGIApp,
-    access: Access,
-    lifecycle: Lifecycle,
-    probe: EngineProbe | None = None,
-    overloaded: Callable[[], bool] | None = None,
-) -> ASGIApp:
-    """Return the application behind what is open to all and, if there are keys, behind them."""
-    if access.keys:
-        app = Auth(app, access.keys, access.public, cross_origin=access.cross_origin)
-    page = StatusPage(app, keyed=bool(access.keys))
-    return Health(page, lifecycle, probe, overloaded)
-
-
-def traced(app: ASGIApp, routes: frozenset[str]) -> ASGIApp:
-    """Return the application with a span a request."""
-    from sliceserve.server.tracing import Trace  # needs what vLLM needs for its own traces only
-
-    return Trace(app, routes, OWN_PATHS)
-
-
-def known_paths(app: FastAPI) -> frozenset[str]:
-    """Return the paths of the application's routes and of ours."""
-    paths = (getattr(route, "path", None) for route in app.routes)
-    return OWN_PATHS | frozenset(filter(None, paths))
-
-
-async def still_starting(scope: Scope, receive: Receive, send: Send) -> None:
-    """ASGI application in the place of vLLM's while there is no engine."""
-    await unavailable("The model is still loading; try again.")(scope, receive, send)
 
 
 async def serve(
@@ -175,42 +100,37 @@ async def serve(
 ) -> int:
     """Serve on the bound socket until a signal; returns 0, or 1 if the engine failed."""
     lifecycle = Lifecycle()
-    starting = guarded(still_starting, access, lifecycle)
     with ExitStack() as cleanup:
-        with listening(Watch(starting, OWN_PATHS, log), args, bound), shared_progress() as loaded:
+        starting = while_starting(access, lifecycle, log)
+        with (
+            listening(starting, args, bound),
+            shared_progress() as loaded,
+            shared_failure() as failure,
+        ):
             lifecycle.enter(Phase.STARTING, "loading the model", loaded)
             try:
                 metrics = create_metrics(vllm_config, summary)
                 gpus = GpuReader(pynvml, engine_gpus(vllm_config, os.environ))
                 live = LiveFigures()
                 engine = start_engine(vllm_config, args, metrics, live)
+                if settings.max_queued_tokens is not None:
+                    engine.queue = TokenQueue(settings.max_queued_tokens, engine.queued_tokens)
             except Exception:
-                _logger.exception("The engine did not start.")
+                if (cause := failure()) is not None:
+                    _logger.error("The engine did not start: %s", cause)
+                else:
+                    _logger.exception("The engine did not start.")
                 return 1
             # Does nothing after an orderly end.
             cleanup.callback(engine.shutdown, timeout=0)
             lifecycle.enter(Phase.STARTING, "opening the routes")
             await engine.reset_mm_cache()
             app = await create_app(engine, args, summary, live)
-        probe = EngineProbe(engine.answer, settings.probe_timeout)
-        limits = Limits(settings.max_requests, settings.max_body_size, settings.body_timeout)
-        bounds = Bounds(settings.max_sequences, settings.max_output_tokens, settings.max_stops)
-        inner = Arguments(app, bounds)
-        bounded = Deadline(Faults(inner, vllm_compat.READING), settings.request_timeout)
-        admission = Admission(bounded, limits)
-        of_keys = KeyLimits(
-            settings.key_max_requests,
-            settings.key_requests_per_minute,
-            settings.key_tokens_per_minute,
+        traces = bool(args.otlp_traces_endpoint)
+        serving, drain = while_serving(
+            app, engine, access, settings, lifecycle, metrics, log, traces=traces
         )
-        drain = Drain(PerKey(admission, of_keys), lifecycle)
-        current = Refreshing(drain, lambda: metrics.refresh(admission.running))
-        serving = guarded(current, access, lifecycle, probe, lambda: admission.full)
-        routes = known_paths(app)
-        if args.otlp_traces_endpoint:
-            serving = traced(serving, routes)
-        watch = Watch(serving, routes, metrics.count_response, log)
-        listener = make_listener(watch, args)
+        listener = make_listener(serving, args)
         app.state.server = listener  # vLLM's handlers of a dead engine's errors stop it
         _logger.info("Serving %s on %s", ", ".join(args.served_model_name), address)
         lifecycle.enter(Phase.SERVING, "answering requests")

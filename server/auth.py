@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
 
-from sliceserve.server.exchange import exchange_of
+from sliceserve.server.exchange import note_key
 from sliceserve.server.responses import error_response
 from sliceserve.slicing.errors import UserError
 
@@ -110,8 +110,7 @@ class Auth:
             return
         scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and self._keys.accepts(token.strip()):
-            if (exchange := exchange_of(scope)) is not None:
-                exchange.key = key_name(token.strip())
+            note_key(scope, key_name(token.strip()))
             await self.app(scope, receive, send)
             return
         challenge = 'Bearer realm="sliceserve"'

@@ -20,16 +20,18 @@ OTHER_ROUTE = "other"
 REQUEST_ID = "X-Request-ID"
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _SCOPE_KEY = "sliceserve.exchange"
+_KEY_NAME = "sliceserve.key"
 
 
 class Refusal(StrEnum):
-    """Why a request with a valid key was refused before it reached vLLM; a label's values."""
+    """Why a request with a valid key was refused before the engine had it; a label's values."""
 
     FULL = "full"
     DRAINING = "draining"
     BODY_TOO_LARGE = "body_too_large"
     BODY_TOO_SLOW = "body_too_slow"
     ASKS_TOO_MUCH = "asks_too_much"
+    QUEUED_TOKENS = "queued_tokens"
     KEY_FULL = "key_full"
     KEY_REQUESTS = "key_requests_per_minute"
     KEY_TOKENS = "key_tokens_per_minute"
@@ -47,7 +49,7 @@ class Exchange:
         key: the name of the key that opened the server, never the key.
         model: what the client asked for, as it is.
         status: None if no answer began.
-        refused: None if vLLM was asked, or would have been.
+        refused: None if the engine was asked, or would have been.
         disconnected: the client left before the end of the answer.
         prompt_tokens: None where vLLM does not say.
         generation_tokens: the same.
@@ -83,6 +85,19 @@ class Exchange:
 def exchange_of(scope: Scope) -> Exchange | None:
     """Return the exchange that a layer within `Watch` may fill in."""
     found: Exchange | None = scope.get(_SCOPE_KEY)
+    return found
+
+
+def note_key(scope: Scope, name: str) -> None:
+    """Note the name of the key that opened the server, for a WebSocket too."""
+    scope[_KEY_NAME] = name
+    if (exchange := exchange_of(scope)) is not None:
+        exchange.key = name
+
+
+def key_of(scope: Scope) -> str | None:
+    """Return the name of the key that opened the server; None where there are no keys."""
+    found: str | None = scope.get(_KEY_NAME)
     return found
 
 

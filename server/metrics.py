@@ -96,6 +96,10 @@ class ServerMetrics:
             "sliceserve_running_requests",
             "Requests let in and not over, of those that --max-requests counts.",
         ).labels(model_name)
+        self._queued_tokens = gauge(
+            "sliceserve_queued_prompt_tokens",
+            "Tokens of the prompts in the engine that have no first token yet.",
+        ).labels(model_name)
         self._parameters = gauge(
             "sliceserve_parameters",
             "Parameters of the model, before (dense) and after (sliced) slicing.",
@@ -109,7 +113,7 @@ class ServerMetrics:
         )
         self._rejected = Counter(
             "sliceserve_rejected",
-            "HTTP requests with a valid key that were refused before they reached vLLM, by reason.",
+            "HTTP requests with a valid key that never reached the engine, by reason of refusal.",
             ["model_name", "reason"],
             registry=registry,
         )
@@ -169,17 +173,19 @@ class ServerMetrics:
             self._gpu_memory_total.labels(*labels).set(reading.memory_total)
             self._gpu_utilization.labels(*labels).set(reading.utilization)
 
-    def refresh(self, running: int) -> None:
+    def refresh(self, running: int, queued_tokens: int) -> None:
         """Bring the series that no event changes up to date.
 
         Args:
             running: requests let in and not over.
+            queued_tokens: of prompts that have no first token yet.
 
         """
         now = self._clock()
         self._gpu_seconds.inc(self._gpu_count * (now - self._counted_until))
         self._counted_until = now
         self._running.set(running)
+        self._queued_tokens.set(queued_tokens)
 
     def observe(self, stats: Any) -> None:
         """Add one engine step's ``IterationStats``."""

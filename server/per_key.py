@@ -13,7 +13,7 @@ from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
 
 from sliceserve.server.admission import FREE_METHODS, RETRY_AFTER_S
-from sliceserve.server.exchange import Refusal, exchange_of, note_refusal, take_usage
+from sliceserve.server.exchange import Refusal, exchange_of, key_of, note_refusal, take_usage
 from sliceserve.server.responses import error_response
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class KeyLimits:
 class PerKey:
     """ASGI layer within `Auth` that answers 429 to a key that is over one of its limits.
 
-    The request that crosses the limit of tokens is answered in full; the next ones wait.
+    The request that crosses the limit of tokens is answered in full; the next ones wait. A
+    WebSocket is one request for as long as it is open, and its tokens are not known.
     """
 
     def __init__(self, app: ASGIApp, limits: KeyLimits) -> None:
@@ -57,11 +58,10 @@ class PerKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or refuse it."""
-        exchange = exchange_of(scope)
-        if exchange is None or exchange.key is None or scope["method"] in FREE_METHODS:
+        key = key_of(scope)
+        if key is None or scope.get("method") in FREE_METHODS:
             await self.app(scope, receive, send)
             return
-        key = exchange.key
         refusal = self._refusal(key)
         if refusal is not None:
             reason, text, wait = refusal
@@ -77,8 +77,9 @@ class PerKey:
             self._running[key] -= 1
             if not self._running[key]:
                 del self._running[key]
-            take_usage(exchange, scope)
-            self._count(Refusal.KEY_TOKENS, key, exchange.tokens)
+            if (exchange := exchange_of(scope)) is not None:
+                take_usage(exchange, scope)
+                self._count(Refusal.KEY_TOKENS, key, exchange.tokens)
 
     def _count(self, rate: Refusal, key: str, cost: int) -> None:
         if rate in self._rates and cost:

@@ -1,12 +1,16 @@
 """What vLLM calls through the entry point `vllm.general_plugins`, in every one of its processes."""
 
+import logging
+
 
 def register() -> None:
     """Make vLLM read sliced checkpoints; safe to call more than once."""
     from vllm import ModelRegistry
 
+    from sliceserve.server.failure import tell_failures
     from sliceserve.slicing.config import CAUSAL_LM, register_config
 
+    tell_failures(logging.getLogger("vllm"))
     register_config()
     # By name and not by class: vLLM then imports the model only where it runs it.
     ModelRegistry.register_model(CAUSAL_LM, f"sliceserve.server.models:{CAUSAL_LM}")

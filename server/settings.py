@@ -68,6 +68,11 @@ class ServerSettings(BaseSettings):
     max_requests: int = Field(
         1024, gt=0, description="Requests at a time, running and waiting; more get 429."
     )
+    max_queued_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens of the prompts that wait for their first token; more get 429.",
+    )
     max_body_size: int = Field(
         4 * 2**20, gt=0, description="Bytes of a request's body; a larger one gets 413."
     )

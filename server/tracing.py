@@ -48,12 +48,12 @@ class Trace:
         ) as span:
             handed: dict[str, str] = {}
             self._headers.inject(handed)
-            inner = {**scope, "headers": list(scope["headers"])}
-            MutableHeaders(scope=inner).update(handed)
+            # In this scope itself, in which `Watch` looks for the route in the end.
+            MutableHeaders(scope=scope).update(handed)
             try:
-                await self.app(inner, receive, send)
+                await self.app(scope, receive, send)
             finally:
-                route = route_of(inner, self._routes)
+                route = route_of(scope, self._routes)
                 span.update_name(f"{exchange.method} {route}")
                 span.set_attribute("http.request.method", exchange.method)
                 span.set_attribute("http.route", route)

@@ -6,8 +6,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,9 @@ def stopped(process: int) -> Iterator[None]:
         os.kill(process, signal.SIGCONT)
 
 
-def stream(server: ServerProcess, key: str, tokens: int) -> Any:
+def stream(server: ServerProcess, key: str, tokens: int, prompt: str = "hi") -> Any:
     """A streamed completion, to be read within a block."""
-    body = {"model": "sliced", "prompt": "hi", "max_tokens": tokens, "ignore_eos": True}
+    body = {"model": "sliced", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
     headers = {"Authorization": f"Bearer {key}"}
     return httpx.stream(
         "POST",
@@ -112,17 +113,52 @@ def post(server: ServerProcess, key: str, **asked: Any) -> httpx.Response:
     )
 
 
-def sample(server: ServerProcess, name: str) -> float:
-    """The value of a series of one sample, on a server whose metrics are public."""
+def sample(server: ServerProcess, name: str, key: str = "none") -> float:
+    """The value of a series of one sample; no key is needed where the metrics are public."""
+    headers = {"Authorization": f"Bearer {key}"}
     (value,) = (
         found.value
         for family in text_string_to_metric_families(
-            httpx.get(f"{server.url}/metrics", timeout=30).text
+            httpx.get(f"{server.url}/metrics", headers=headers, timeout=30).text
         )
         for found in family.samples
         if found.name == name
     )
     return float(value)
+
+
+def ends_with_its_engine(server: ServerProcess, key: str, fail: Callable[[int], None]) -> None:
+    """Let the engine, which stands still, fail: clients are told, and the server ends with 1."""
+    os.kill(engine := server.engine(), signal.SIGSTOP)
+    with stream(server, key, tokens=500) as answer, ThreadPoolExecutor(1) as pool:
+        assert answer.status_code == 200
+        whole = pool.submit(post, server, key, max_tokens=500)
+        while sample(server, "sliceserve_running_requests", key) < 2:
+            time.sleep(0.05)
+        fail(engine)
+        rest = "".join(answer.iter_lines())
+        assert '"error"' in rest
+        assert whole.result().status_code == 500
+        error = whole.result().json()["error"]
+        assert (error["code"], error["type"]) == (500, "InternalServerError")
+        assert "Traceback" not in rest + whole.result().text
+    with suppress(httpx.TransportError):  # it may have ended meanwhile
+        assert httpx.get(f"{server.url}/livez", timeout=30).status_code == 503
+    assert scraped_to_its_end(server, key) == 1, server.log.read_text()
+
+
+def scraped_to_its_end(server: ServerProcess, key: str) -> int:
+    """The exit code of a server that ends and is asked for metrics meanwhile."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while (code := server.process.poll()) is None:
+        assert time.monotonic() < deadline, server.log.read_text()
+        with suppress(httpx.TransportError):
+            headers = {"Authorization": f"Bearer {key}"}
+            answer = httpx.get(f"{server.url}/metrics", headers=headers, timeout=30)
+            assert answer.status_code == 200
+            assert "sliceserve_running_requests" in answer.text
+    wait_until_gone(server.process.pid)
+    return code
 
 
 def free_port() -> int:

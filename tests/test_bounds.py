@@ -12,7 +12,9 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
+from starlette.testclient import TestClient, WebSocketDenialResponse
+from starlette.websockets import WebSocket
 
 from sliceserve.server.arguments import Arguments
 from sliceserve.server.auth import Auth, KeyRing
@@ -296,6 +298,39 @@ def test_each_key_has_its_tokens_a_minute() -> None:
             assert (await second.post("/answer?tokens=40")).status_code == 200
 
     asyncio.run(scenario())
+
+
+def test_a_websocket_is_a_request_of_its_key() -> None:
+    async def echo(websocket: WebSocket) -> None:
+        await websocket.accept()
+        async for text in websocket.iter_text():
+            await websocket.send_text(text)
+
+    routed = Starlette(routes=[WebSocketRoute("/v1/realtime", echo)])
+    app = Auth(PerKey(routed, KeyLimits(2, 4, None)), KeyRing(["a", "b"]), frozenset(),
+               cross_origin=False)  # fmt: skip
+    client = TestClient(Watch(app, frozenset()))
+
+    def opened(key: str) -> Any:
+        headers = {"Authorization": f"Bearer {key}"}
+        return client.websocket_connect("/v1/realtime", headers=headers)
+
+    def refused(words: str) -> None:
+        with pytest.raises(WebSocketDenialResponse) as caught, opened("a"):
+            pass
+        assert words in error_of(caught.value, 429)["message"]
+        assert int(caught.value.headers["retry-after"]) > 0
+
+    with opened("a") as first, opened("a"):
+        refused("2 requests at work")
+        with opened("b") as other:
+            other.send_text("hi")
+            assert other.receive_text() == "hi"
+        first.send_text("there")
+        assert first.receive_text() == "there"
+    with opened("a"), opened("a"):
+        pass
+    refused("4 requests a minute")
 
 
 def test_a_stream_that_is_left_costs_a_token_a_chunk() -> None:

@@ -1,4 +1,4 @@
-"""What clients send: the openai client in its many ways, and what nobody would send.
+"""What clients send: the openai client in its many ways, what nobody would send, and too much.
 
 The latter is made by Schemathesis from the server's description; `FUZZ_EXAMPLES` says how much for
 an operation.
@@ -6,17 +6,19 @@ an operation.
 
 import json
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
+import out_of_memory
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from jsonschema import validate
-from server_process import ServerProcess, serving, stopped
+from server_process import ServerProcess, ends_with_its_engine, serving, stopped
 
 KEY = "fuzz"
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "15"))
@@ -24,12 +26,22 @@ NOT_IMPLEMENTED = 501
 
 
 @pytest.fixture(scope="module")
-def server(tiny_sliced: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a file lets the engine run out of memory."""
+    return out_of_memory.installed(tmp_path_factory.mktemp("memory"))
+
+
+@pytest.fixture(scope="module")
+def server(
+    tiny_sliced: Path, memory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
     log = tmp_path_factory.mktemp("fuzz") / "log"
     template = log.with_name("template")
     template.write_text("{{ messages[0]['content'] }}")
-    options = ("--chat-template", str(template), "--request-timeout", "20")
-    with serving(tiny_sliced, log, *options, SLICESERVE_API_KEY=KEY) as server:
+    options = ["--chat-template", str(template), "--request-timeout", "20"]
+    options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    environment = {"SLICESERVE_API_KEY": KEY, "PYTHONPATH": str(memory)}
+    with serving(tiny_sliced, log, *options, **environment) as server:
         server.wait_for("/readyz", 200)
         yield server
 
@@ -52,6 +64,39 @@ def test_structured_output_follows_its_schema(client: openai.OpenAI) -> None:
     form: Any = {"type": "json_schema", "json_schema": {"name": "pick", "schema": SCHEMA}}
     answer = client.chat.completions.create(**ASKED, response_format=form, max_tokens=200)
     validate(json.loads(answer.choices[0].message.content or ""), SCHEMA)
+
+
+NAMED: Any = {"type": "function", "function": {"name": "pick"}}
+
+
+TOOL: dict[str, Any] = {
+    "tools": [
+        {"type": "function", "function": {"name": "pick", "parameters": SCHEMA, "strict": True}}
+    ],
+    "parallel_tool_calls": False,
+    "max_tokens": 300,
+    "seed": 1,
+}
+
+
+@pytest.mark.parametrize("choice", [NAMED, "required"], ids=["named", "required"])
+def test_the_arguments_of_a_strict_tool_follow_its_schema(
+    client: openai.OpenAI, choice: Any
+) -> None:
+    answer = client.chat.completions.create(**ASKED, **TOOL, tool_choice=choice)
+    (call,) = answer.choices[0].message.tool_calls or ()
+    assert call.function.name == "pick"
+    validate(json.loads(call.function.arguments), SCHEMA)
+
+
+def test_a_stream_of_a_strict_tool_adds_up_to_arguments_of_its_schema(
+    client: openai.OpenAI,
+) -> None:
+    parts = client.chat.completions.create(**ASKED, **TOOL, tool_choice=NAMED, stream=True)
+    calls = [call for part in parts for call in part.choices[0].delta.tool_calls or ()]
+    told = [call.function for call in calls if call.function]
+    assert "".join(function.name or "" for function in told) == "pick"
+    validate(json.loads("".join(function.arguments or "" for function in told)), SCHEMA)
 
 
 def test_a_stream_adds_up_to_the_answer_in_one_piece(client: openai.OpenAI) -> None:
@@ -104,3 +149,14 @@ def test_no_request_breaks_the_server(server: ServerProcess) -> None:
     print(dict(answers))
     assert answers[200] > EXAMPLES
     assert server.wait_for("/readyz", 200, 503).status_code == 200
+
+
+def test_an_engine_out_of_memory_ends_streams_and_the_server(
+    server: ServerProcess, memory: Path
+) -> None:
+    def fail(engine: int) -> None:
+        (memory / "step").touch()
+        os.kill(engine, signal.SIGCONT)
+
+    ends_with_its_engine(server, KEY, fail)
+    assert out_of_memory.MESSAGE in server.log.read_text()

@@ -23,6 +23,7 @@ from sliceserve.server.auth import Auth, KeyRing
 from sliceserve.server.bounds import Bounds
 from sliceserve.server.exchange import Exchange, Watch
 from sliceserve.server.metrics import ServerMetrics
+from sliceserve.server.tracing import Trace
 from sliceserve.slicing.errors import UserError
 
 BOUNDS = Bounds(8, None, 4)
@@ -108,6 +109,21 @@ def test_a_request_is_described_without_its_text() -> None:
     refused, exchange = ask("POST", "/items/7", body, authorization="Bearer secret")
     assert refused.headers["x-request-id"] == exchange.id
     assert (exchange.route, exchange.key, exchange.status) == ("other", None, 401)
+
+
+def test_a_traced_request_has_its_route_too() -> None:
+    reported: list[Exchange] = []
+    template = "/items/{item}"
+    traced = Trace(Starlette(routes=[Route(template, fine)]), frozenset({template}), frozenset())
+
+    async def once() -> None:
+        watch = Watch(traced, frozenset({template}), reported.append)
+        transport = httpx.ASGITransport(app=watch)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            assert (await client.get("/items/7")).text == "fine"
+
+    asyncio.run(once())
+    assert reported[0].route == template
 
 
 @pytest.mark.parametrize("body", [b"", b"[1]", b"{", b"\xff", b'{"model": 1}', b"[" * 100_000])

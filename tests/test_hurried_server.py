@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +11,13 @@ import httpx
 import pytest
 from otlp_collector import Collector, collecting
 from server_process import (
-    STOP_SECONDS,
     ServerProcess,
+    ends_with_its_engine,
     post,
     sample,
     serving,
     stopped,
     stream,
-    wait_until_gone,
 )
 
 FIXED_KEY, OTHER_KEY = "key-from-environment", "key-of-bob"
@@ -95,14 +95,29 @@ def test_what_takes_too_long_ends_and_frees_the_engine(hurried: ServerProcess) -
     assert not sample(hurried, "vllm:num_requests_running")
 
 
+def test_a_full_disk_for_all_logs_disturbs_no_request(hurried: ServerProcess) -> None:
+    def is_logged_by_vllm() -> None:
+        unknown = httpx.post(
+            f"{hurried.url}/v1/responses",
+            json={"model": "other", "input": "hi"},
+            headers={"Authorization": f"Bearer {FIXED_KEY}"},
+            timeout=60,
+        )
+        assert unknown.status_code == 404
+
+    before = hurried.log.stat().st_size
+    is_logged_by_vllm()
+    size = hurried.log.stat().st_size
+    assert size > before
+    for process in (hurried.process.pid, hurried.engine()):
+        # Stands in for the disk: writing more fails there too, with another error.
+        resource.prlimit(process, resource.RLIMIT_FSIZE, (size, size))
+    is_logged_by_vllm()
+    assert post(hurried, FIXED_KEY).status_code == 200
+    assert hurried.wait_for("/livez", 200)
+    assert hurried.log.stat().st_size == size
+
+
 def test_a_killed_engine_ends_streams_and_the_server(hurried: ServerProcess) -> None:
-    os.kill(engine := hurried.engine(), signal.SIGSTOP)
-    with stream(hurried, FIXED_KEY, tokens=500) as answer:
-        assert answer.status_code == 200
-        os.kill(engine, signal.SIGKILL)
-        rest = "".join(answer.iter_lines())
-    assert '"error"' in rest
-    assert "Traceback" not in rest
+    ends_with_its_engine(hurried, FIXED_KEY, lambda engine: os.kill(engine, signal.SIGKILL))
     assert hurried.log.read_text().count("The access log loses lines") == 1
-    assert hurried.process.wait(STOP_SECONDS) == 1, hurried.log.read_text()
-    wait_until_gone(hurried.process.pid)

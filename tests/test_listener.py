@@ -10,9 +10,9 @@ import httpx
 import pytest
 import trustme
 
-from sliceserve.server.app import Access, guarded, still_starting
 from sliceserve.server.auth import KeyRing
 from sliceserve.server.health import Lifecycle
+from sliceserve.server.layering import Access, guarded, still_starting
 from sliceserve.server.listener import listening, make_listener
 from sliceserve.server.serve import make_parser, parse_arguments
 

@@ -62,7 +62,7 @@ def test_gpu_seconds_run_from_the_start_of_the_engine_to_the_scrape(device: str,
     clock = Clock()
     registry = CollectorRegistry()
     metrics = ServerMetrics(registry, "m", clock)
-    app = Refreshing(make_asgi_app(registry), lambda: metrics.refresh(running=3))
+    app = Refreshing(make_asgi_app(registry), lambda: metrics.refresh(running=3, queued_tokens=7))
 
     async def scrape() -> dict[tuple[str, ...], float]:
         async with client_of(app) as client:
@@ -77,6 +77,7 @@ def test_gpu_seconds_run_from_the_start_of_the_engine_to_the_scrape(device: str,
         assert scraped["gpu_seconds_total",] == used * since
         assert scraped["gpus",] == used
         assert scraped["running_requests",] == 3
+        assert scraped["queued_prompt_tokens",] == 7
 
 
 MULTIPROCESS = """
@@ -93,7 +94,7 @@ metrics.set_engine(SimpleNamespace(
     parallel_config=SimpleNamespace(world_size_across_dp=4),
 ))
 for now in (10.0, 10.5, 70.0):
-    metrics.refresh(running=int(now))
+    metrics.refresh(running=int(now), queued_tokens=5)
     metrics.set_gpu_readings({"1": GpuReading(now, 80, 0.5)})
 shown = get_prometheus_registry()
 assert shown is not REGISTRY
@@ -109,6 +110,7 @@ def test_multiprocess_mode_shows_the_same_without_a_label_of_the_process(tmp_pat
     shown = values(result.stdout)
     assert shown["gpu_seconds_total",] == 4 * 70
     assert shown["running_requests",] == 70
+    assert shown["queued_prompt_tokens",] == 5
     assert shown["gpu_memory_used_bytes", "1"] == 70
     assert shown["gpu_utilization_ratio", "1"] == 0.5
     assert shown["rejected_total", "full"] == 0
@@ -160,7 +162,7 @@ def test_every_reason_to_refuse_a_request_is_counted_once_and_logged() -> None:
         lifecycle = Lifecycle(Phase.SERVING)
         routes = [Route("/slow", slow, methods=["POST"]), Route("/metrics", show)]
         admission = Admission(Starlette(routes=routes), LIMITS)
-        app = Refreshing(Drain(admission, lifecycle), lambda: metrics.refresh(admission.running))
+        app = Refreshing(Drain(admission, lifecycle), lambda: metrics.refresh(admission.running, 0))
         watch = Watch(app, frozenset({"/slow"}), metrics.count_response, logged.append)
         async with client_of(watch) as client:
 

@@ -25,9 +25,9 @@ from starlette.routing import Route
 from test_report import VOID
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
-from sliceserve.server.app import Access, guarded
 from sliceserve.server.auth import KeyRing
 from sliceserve.server.health import Lifecycle, Phase
+from sliceserve.server.layering import Access, guarded
 from sliceserve.server.live import LATENCIES_KEPT, LiveFigures
 from sliceserve.server.responses import error_response
 

@@ -1,0 +1,141 @@
+"""The ASGI layers around vLLM's application, and the order in which a request meets them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sliceserve.server import vllm_compat
+from sliceserve.server.admission import Admission, Limits
+from sliceserve.server.arguments import Arguments
+from sliceserve.server.auth import Auth, KeyRing
+from sliceserve.server.bounds import Bounds
+from sliceserve.server.deadline import Deadline
+from sliceserve.server.drain import METRICS, Drain
+from sliceserve.server.exchange import Exchange, Watch
+from sliceserve.server.faults import Faults
+from sliceserve.server.health import LIVEZ, READYZ, EngineProbe, Health, Lifecycle
+from sliceserve.server.metrics import Refreshing, ServerMetrics
+from sliceserve.server.per_key import KeyLimits, PerKey
+from sliceserve.server.queued import QueueLimit
+from sliceserve.server.responses import unavailable
+from sliceserve.server.status_page import PAGE, StatusPage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastapi import FastAPI
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from sliceserve.server.engine import Engine
+    from sliceserve.server.settings import ServerSettings
+
+OWN_PATHS = frozenset({LIVEZ, READYZ, METRICS, PAGE})
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may reach what: the keys, if any, and what is open without one."""
+
+    keys: KeyRing
+    public: frozenset[str]
+    cross_origin: bool
+
+
+def while_starting(
+    access: Access, lifecycle: Lifecycle, log: Callable[[Exchange], None]
+) -> ASGIApp:
+    """Return what answers until there is an engine."""
+    return Watch(guarded(still_starting, access, lifecycle), OWN_PATHS, log)
+
+
+def while_serving(
+    app: FastAPI,
+    engine: Engine,
+    access: Access,
+    settings: ServerSettings,
+    lifecycle: Lifecycle,
+    metrics: ServerMetrics,
+    log: Callable[[Exchange], None],
+    *,
+    traces: bool,
+) -> tuple[ASGIApp, Drain]:
+    """Return vLLM's application behind all layers, and the one of them that counts what runs.
+
+    Args:
+        app: vLLM's application.
+        engine: the engine behind it.
+        access: who may reach what.
+        settings: the bounds.
+        lifecycle: the server's phase.
+        metrics: shown by the application's `/metrics`.
+        log: takes every request that is over.
+        traces: whether every request gets a span.
+
+    """
+    queue = engine.queue
+    queued = app if queue is None else QueueLimit(app, queue)
+    admission = Admission(_bounded(queued, settings), _limits(settings))
+    drain = Drain(PerKey(admission, _key_limits(settings)), lifecycle)
+    current = Refreshing(drain, lambda: metrics.refresh(admission.running, engine.queued_tokens()))
+    probe = EngineProbe(engine.answer, settings.probe_timeout)
+
+    def overloaded() -> bool:
+        return admission.full or (queue is not None and queue.full)
+
+    serving = guarded(current, access, lifecycle, probe, overloaded)
+    routes = known_paths(app)
+    if traces:
+        serving = traced(serving, routes)
+    return Watch(serving, routes, metrics.count_response, log), drain
+
+
+def guarded(
+    app: ASGIApp,
+    access: Access,
+    lifecycle: Lifecycle,
+    probe: EngineProbe | None = None,
+    overloaded: Callable[[], bool] | None = None,
+) -> ASGIApp:
+    """Return the application behind what is open to all and, if there are keys, behind them."""
+    if access.keys:
+        app = Auth(app, access.keys, access.public, cross_origin=access.cross_origin)
+    page = StatusPage(app, keyed=bool(access.keys))
+    return Health(page, lifecycle, probe, overloaded)
+
+
+def traced(app: ASGIApp, routes: frozenset[str]) -> ASGIApp:
+    """Return the application with a span a request."""
+    from sliceserve.server.tracing import Trace  # needs what vLLM needs for its own traces only
+
+    return Trace(app, routes, OWN_PATHS)
+
+
+def known_paths(app: FastAPI) -> frozenset[str]:
+    """Return the paths of the application's routes and of ours."""
+    paths = (getattr(route, "path", None) for route in app.routes)
+    return OWN_PATHS | frozenset(filter(None, paths))
+
+
+async def still_starting(scope: Scope, receive: Receive, send: Send) -> None:
+    """ASGI application in the place of vLLM's while there is no engine."""
+    await unavailable("The model is still loading; try again.")(scope, receive, send)
+
+
+def _bounded(app: ASGIApp, settings: ServerSettings) -> ASGIApp:
+    """Return the application with bounds on what one request asks and how long it takes."""
+    bounds = Bounds(settings.max_sequences, settings.max_output_tokens, settings.max_stops)
+    faults = Faults(Arguments(app, bounds), vllm_compat.READING)
+    return Deadline(faults, settings.request_timeout)
+
+
+def _limits(settings: ServerSettings) -> Limits:
+    return Limits(settings.max_requests, settings.max_body_size, settings.body_timeout)
+
+
+def _key_limits(settings: ServerSettings) -> KeyLimits:
+    return KeyLimits(
+        settings.key_max_requests,
+        settings.key_requests_per_minute,
+        settings.key_tokens_per_minute,
+    )

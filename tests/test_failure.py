@@ -1,0 +1,65 @@
+"""What the log says last of an engine that does not start."""
+
+import logging
+import os
+from pathlib import Path
+
+import out_of_memory
+import pytest
+from server_process import STOP_SECONDS, serving, wait_until_gone
+
+from sliceserve.server.failure import FILE, shared_failure, tell_failures
+
+
+@pytest.fixture
+def logger() -> logging.Logger:
+    return logging.Logger("of this test")
+
+
+def fail(logger: logging.Logger, words: str, error: Exception) -> None:
+    try:
+        raise error
+    except type(error):
+        logger.exception(words)
+
+
+def test_the_first_end_of_a_process_is_the_cause(logger: logging.Logger) -> None:
+    with shared_failure() as failure:
+        tell_failures(logger)
+        assert failure() is None
+        fail(logger, "A plugin failed.", ValueError("harmless"))
+        logger.error("WorkerProc failed to start.")
+        assert failure() is None
+        fail(logger, "WorkerProc failed to start.", MemoryError("two\n  lines"))
+        fail(logger, "EngineCore failed to start.", RuntimeError("see above"))
+        assert failure() == "MemoryError: two lines"
+
+
+def test_nothing_is_left_of_a_start(logger: logging.Logger) -> None:
+    with shared_failure() as failure:
+        tell_failures(logger)
+        directory = Path(os.environ[FILE]).parent
+    assert FILE not in os.environ
+    assert not directory.exists()
+    fail(logger, "EngineCore failed to start.", MemoryError("late"))
+    assert failure() is None
+
+
+def test_nobody_is_told_who_does_not_ask(logger: logging.Logger) -> None:
+    tell_failures(logger, {})
+    assert not logger.handlers
+
+
+def test_out_of_memory_while_loading_is_the_last_word(tiny_sliced: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    out_of_memory.installed(memory)
+    (memory / "load").touch()
+    log = tmp_path / "log"
+    with serving(tiny_sliced, log, PYTHONPATH=str(memory)) as server:
+        assert server.process.wait(STOP_SECONDS) == 1
+        wait_until_gone(server.process.pid)
+    lines = [line for line in log.read_text().splitlines() if "app.py" in line]
+    assert lines[-1].endswith(
+        f"The engine did not start: OutOfMemoryError: {out_of_memory.MESSAGE}"
+    )
