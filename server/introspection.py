@@ -34,7 +34,7 @@ def sliced_facts(summary: CheckpointSummary) -> dict[str, Any]:
         "parameters": summary.sliced_parameters,
         "dense_parameters": summary.dense_parameters,
         "ratio": round(summary.ratio, 4),
-        "dtype": summary.dtype,
+        "dtype": summary.stored_as,
         "source": _public(source.get("model")),
         "source_sha256": source.get("sha256"),
         "calibration": _public(options.get("calibration")),

@@ -30,8 +30,8 @@ from sliceserve.server.joined import JoinedLinear
 from sliceserve.server.layers import Shapes, SlicedDecoderLayer, plain_linear, sliced_norm
 from sliceserve.server.progress import reporting
 from sliceserve.slicing.architectures import find_architecture
-from sliceserve.slicing.checkpoint import stored_shapes
 from sliceserve.slicing.modeling import expected_shapes
+from sliceserve.slicing.quantised import Scheme, quantised_scheme, stored_shapes
 from sliceserve.slicing.weights import compare_shapes
 
 # Checkpoints carry the base model's names; vLLM's modules have one name for all architectures.
@@ -145,7 +145,8 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
         """Make the modules of this rank.
 
         Raises:
-            ValueError: prompt embeddings are enabled; a sliced stream has no dense hidden_size.
+            ValueError: prompt embeddings are enabled (a sliced stream has no dense hidden_size), or
+                the dtype is one that the weights cannot be multiplied in.
 
         """
         super().__init__()
@@ -156,6 +157,7 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
                 "dense hidden_size do not fit its residual stream"
             )
         config = model_config.hf_config
+        check_dtype(quantised_scheme(config), model_config.dtype)
         self.config = config
         self.shapes, self.stored = expected_shapes(config), stored_shapes(config)
         # A matrix that is one in the checkpoint too has one adapter.
@@ -262,6 +264,20 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
                         name = f"{part.name}.{kind}"
                         found[rename(f"{layer}.{name}")] = (path, module, name)
         return found
+
+
+def check_dtype(scheme: Scheme | None, dtype: torch.dtype) -> None:
+    """Check that weights of four bits run in 16, which vLLM's kernels for them would say late.
+
+    Raises:
+        ValueError: they do not.
+
+    """
+    if scheme and scheme.bits < 8 and dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"--dtype {str(dtype).removeprefix('torch.')} cannot be used with {scheme}: vLLM "
+            "multiplies such weights in bfloat16 and float16 only"
+        )
 
 
 def is_draft(vllm_config: VllmConfig) -> bool:

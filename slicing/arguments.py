@@ -3,34 +3,15 @@
 import argparse
 import importlib.metadata
 from pathlib import Path
-from typing import NoReturn
 
+from sliceserve.slicing import arguments_sliced as sliced
 from sliceserve.slicing import values
-from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.parsing import DTYPES, ROTATIONS, SCHEMES, HelpFormatter, Parser
 
-ROTATIONS = ("dense", "low-rank", "shared")
 BASES = ("pca", "output-aware")
 REFITS = ("none", "output", "full")
-SCHEMES = ("fp8", "int8")
-METHODS = ("lora", "full")
 BACKENDS = ("transformers", "vllm")
 QUANTIZATIONS = ("none", *SCHEMES)
-DTYPES = ("bfloat16", "float16", "float32")
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports bad arguments the way every other user error is reported: one sentence, code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the message as a user error."""
-        raise UserError(f"{message} (see `{self.prog} --help`)")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults but for None: what that stands for is in the text."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -42,14 +23,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sliceserve {version}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_slice(commands)
-    _add_inspect(commands)
+    sliced.add_inspect(commands)
     _add_perplexity(commands)
     _add_evaluate(commands)
-    _add_finetune(commands)
+    sliced.add_finetune(commands)
     _add_benchmark(commands)
-    _add_report(commands)
-    _add_export(commands)
-    _add_quantize(commands)
+    sliced.add_report(commands)
+    sliced.add_export(commands)
+    sliced.add_quantize(commands)
     _add_plan(commands)
     commands.add_parser("serve", help="serve a sliced checkpoint with an OpenAI-compatible API")
     return parser
@@ -150,13 +131,6 @@ def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
 
 
-def _add_inspect(commands: "argparse._SubParsersAction[Parser]") -> None:
-    parser = commands.add_parser("inspect", help="show what a sliced checkpoint holds")
-    parser.set_defaults(command="inspect")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a sliced checkpoint")
-    parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
-
-
 def _add_perplexity(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = commands.add_parser(
         "perplexity",
@@ -223,59 +197,6 @@ def _add_measuring(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
 
 
-def _add_finetune(commands: "argparse._SubParsersAction[Parser]") -> None:
-    parser = commands.add_parser(
-        "finetune",
-        help="train a sliced model to recover what slicing has cost",
-        description="Trains LoRA adapters (merged afterwards) or all parameters of a sliced "
-        "checkpoint and writes a sliced checkpoint of the same shapes.",
-        formatter_class=HelpFormatter,
-    )
-    parser.set_defaults(command="finetune")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a sliced checkpoint")
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="directory to make"
-    )
-    parser.add_argument(
-        "--method",
-        choices=METHODS,
-        default="lora",
-        help="low-rank adapters, or all parameters with the APOLLO optimizer",
-    )
-    parser.add_argument(
-        "--text",
-        default="wikitext2-excerpt",
-        metavar="NAME|FILE",
-        help="to train on, as for slice --calibration",
-    )
-    parser.add_argument("--samples", type=values.number, default=128, help="training windows")
-    parser.add_argument(
-        "--validation-samples",
-        type=values.number,
-        default=8,
-        help="windows kept apart, to measure perplexity on before and after",
-    )
-    parser.add_argument(
-        "--sequence-length", type=values.window, default=1024, help="tokens in a window"
-    )
-    parser.add_argument("--epochs", type=values.number, default=1, help="times through the windows")
-    parser.add_argument("--batch-size", type=values.number, default=4, help="windows at once")
-    parser.add_argument(
-        "--learning-rate", type=values.rate, help="at its peak (3e-4 for lora, 1e-5 for full)"
-    )
-    parser.add_argument("--rank", type=values.number, default=32, help="of the adapters")
-    parser.add_argument(
-        "--alpha", type=values.number, default=10, help="their scale is alpha / rank"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of windows, order and adapters")
-    parser.add_argument("--device", help="where to train, for instance cuda:0 (a GPU if any)")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="keep what is unfinished when the run ends early, and go on from it",
-    )
-
-
 def _add_benchmark(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = commands.add_parser(
         "benchmark",
@@ -314,61 +235,6 @@ def _add_benchmark(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--enforce-eager", action="store_true", help="without compilation and CUDA graphs"
     )
     parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
-
-
-def _add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
-    parser = commands.add_parser(
-        "report", help="write an HTML page about a sliced checkpoint, with nothing outside it"
-    )
-    parser.set_defaults(command="report")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a sliced checkpoint")
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help="the HTML file to write"
-    )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="what `perplexity --json` and `evaluate --json` have printed, dense and sliced",
-    )
-
-
-def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
-    parser = commands.add_parser(
-        "export",
-        help="write a checkpoint of --rotation shared as an ordinary one, for any engine",
-        description="A model sliced with --rotation shared is a dense model of a narrow "
-        "hidden_size: this writes it so that engines run it without sliceserve.",
-    )
-    parser.set_defaults(command="export")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a sliced checkpoint")
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR2", help="directory to make"
-    )
-
-
-def _add_quantize(commands: "argparse._SubParsersAction[Parser]") -> None:
-    parser = commands.add_parser(
-        "quantize",
-        help="store a sliced checkpoint's linears in eight bits",
-        description="Writes the linears of the decoder layers in eight bits, with a scale a row, "
-        "in the format of compressed-tensors; what they read is quantised while it runs. "
-        "Embedding, head and rotations stay as they are.",
-    )
-    parser.set_defaults(command="quantize")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a sliced checkpoint")
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR2", help="directory to make"
-    )
-    parser.add_argument(
-        "--scheme",
-        choices=SCHEMES,
-        required=True,
-        help="fp8 for GPUs that multiply it (compute capability 8.9 and up); int8 for others, "
-        "and CPUs",
-    )
 
 
 def _add_plan(commands: "argparse._SubParsersAction[Parser]") -> None:

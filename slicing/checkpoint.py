@@ -11,16 +11,20 @@ from typing import Any
 
 import torch
 
-from sliceserve.slicing.architectures import find_architecture
 from sliceserve.slicing.config import CAUSAL_LM, MODEL_TYPE, SlicedConfig, Slicing, parse_slicing
 from sliceserve.slicing.errors import UserError, reading
 from sliceserve.slicing.modeling import HEAD_MAP, ROTATION, expected_shapes
+from sliceserve.slicing.quantised import (
+    Scheme,
+    quantised_linears,
+    quantised_scheme,
+    stored_shapes,
+)
 from sliceserve.slicing.source import read_json_object
 from sliceserve.slicing.weights import ShardReader, check_shapes
 
 PROVENANCE = "provenance.json"
 SPECTRUM = "spectrum.npy"
-FORMATS = {"fp8": "float-quantized", "int8": "int-quantized"}  # of compressed-tensors
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class CheckpointSummary:
             quantised weights.
         rotation_parameters: those of the residual rotations, and of the map before a tied head.
         bytes: of all files of the directory.
-        dtype: of the stored weights, of quantised ones after the dtype of the others.
+        dtype: of the stored weights that are not quantised.
+        scheme: that the others are quantised by; None if none are.
         provenance: how it was made.
 
     """
@@ -44,12 +49,18 @@ class CheckpointSummary:
     rotation_parameters: int
     bytes: int
     dtype: str
+    scheme: Scheme | None
     provenance: dict[str, Any]
 
     @property
     def dense_parameters(self) -> int:
         """Parameters of the dense model as its user stored it."""
         return self.slicing.dense_parameters
+
+    @property
+    def stored_as(self) -> str:
+        """What weights are stored in, in words: dtype and scheme."""
+        return self.dtype if self.scheme is None else f"{self.dtype}, linears in {self.scheme}"
 
     @property
     def ratio(self) -> float:
@@ -155,63 +166,6 @@ def read_sliced_config(directory: Path) -> SlicedConfig:
     return config
 
 
-def quantised_linears(config: SlicedConfig) -> set[str]:
-    """Return the names of the weights that are quantised where any are."""
-    architecture = find_architecture(config.description.architecture)
-    return {
-        name
-        for name, shape in expected_shapes(config).items()
-        if name.startswith(f"{architecture.layers}.")
-        and name.endswith(".weight")
-        and len(shape) == 2
-        and f".{ROTATION}." not in name
-    }
-
-
-def stored_shapes(config: SlicedConfig) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every tensor of a checkpoint, scales included."""
-    shapes = expected_shapes(config)
-    if is_quantised(config):
-        for name in quantised_linears(config):
-            shapes[f"{name}_scale"] = (shapes[name][0], 1)
-    return shapes
-
-
-def is_quantised(config: SlicedConfig) -> bool:
-    """Whether the linears of the decoder layers are stored in eight bits."""
-    return getattr(config, "quantization_config", None) is not None
-
-
-def quantised_scheme(config: SlicedConfig) -> str | None:
-    """Return the name of the scheme that `quantize` stored the linears in; None if it did not.
-
-    Raises:
-        UserError: another tool has, in a format of its own.
-
-    """
-    if not is_quantised(config):
-        return None
-    fields = config.quantization_config
-    given = fields.get("format") if isinstance(fields, dict) else None
-    names = [name for name, form in FORMATS.items() if form == given]
-    if not names:
-        raise UserError(f"quantization_config of config.json: format {given!r} is not known")
-    return names[0]
-
-
-def check_unquantised(directory: Path, config: SlicedConfig, command: str) -> None:
-    """Check that a command that needs the weights as they were gets them.
-
-    Raises:
-        UserError: they are quantised.
-
-    """
-    if is_quantised(config):
-        raise UserError(
-            f"DIR {str(directory)!r} is quantised: {command} needs the checkpoint it was made from"
-        )
-
-
 def read_checkpoint_summary(directory: Path) -> CheckpointSummary:
     """Read a sliced checkpoint's headers and check every tensor's name and shape; no weights.
 
@@ -220,19 +174,15 @@ def read_checkpoint_summary(directory: Path) -> CheckpointSummary:
 
     """
     config = read_sliced_config(directory)
+    scheme = quantised_scheme(config)
     shards = ShardReader(directory)
     shapes = shards.shapes()
     with reading(f"config of DIR {str(directory)!r}"):
         counted, expected = expected_shapes(config), stored_shapes(config)
     check_shapes(f"DIR {str(directory)!r}", shapes, expected)
-    quantised = quantised_linears(config) if is_quantised(config) else set()
-    plain = counted.keys() - quantised
-    dtype = shards.dtype(plain)
+    dtype = shards.dtype(counted.keys() - (quantised_linears(config) if scheme else {}).keys())
     if config.dtype != dtype:
         raise UserError(f"DIR {str(directory)!r} holds {dtype}, and its config says {config.dtype}")
-    stored = str(dtype).removeprefix("torch.")
-    if quantised:
-        stored += f", linears {' and '.join(shards.dtype_names(quantised))}"
     sizes = {name: torch.Size(shape).numel() for name, shape in counted.items()}
     provenance = directory / PROVENANCE
     return CheckpointSummary(
@@ -243,6 +193,7 @@ def read_checkpoint_summary(directory: Path) -> CheckpointSummary:
             n for name, n in sizes.items() if f".{ROTATION}." in name or name.startswith(HEAD_MAP)
         ),
         bytes=sum(file.stat().st_size for file in directory.iterdir() if file.is_file()),
-        dtype=stored,
+        dtype=str(dtype).removeprefix("torch."),
+        scheme=scheme,
         provenance=read_json_object(provenance) if provenance.exists() else {},
     )

@@ -197,14 +197,15 @@ def export_command(directory: Path, output: Path) -> int:
     return 0
 
 
-def quantize_command(directory: Path, output: Path, scheme: str) -> int:
+def quantize_command(device: str | None, **options: object) -> int:
     """Run `sliceserve quantize`."""
-    from sliceserve.slicing.quantize import run_quantize
+    from sliceserve.slicing.quantize import QuantizeOptions, run_quantize
     from sliceserve.slicing.report import describe
     from sliceserve.slicing.source import quiet_transformers
 
     quiet_transformers()
-    print(describe(run_quantize(directory, output, scheme)))
+    chosen = QuantizeOptions(device=device or _default_device(), **options)  # type: ignore[arg-type]
+    print(describe(run_quantize(chosen)))
     return 0
 
 

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 from sliceserve.slicing.architectures import Architecture, find_architecture
 from sliceserve.slicing.checkpoint import (
     PROVENANCE,
-    check_unquantised,
     read_checkpoint_summary,
     read_sliced_config,
     staged_directory,
@@ -26,6 +25,7 @@ from sliceserve.slicing.checkpoint import (
 from sliceserve.slicing.config import SlicedConfig
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.modeling import HEAD_MAP
+from sliceserve.slicing.quantised import check_unquantised
 from sliceserve.slicing.source import Location, copy_tokenizer
 from sliceserve.slicing.weights import INDEX, ShardReader, write_tensors
 

@@ -20,7 +20,6 @@ from sliceserve.slicing.checkpoint import (
     PROVENANCE,
     SPECTRUM,
     CheckpointSummary,
-    check_unquantised,
     read_checkpoint_summary,
     read_sliced_config,
     staged_directory,
@@ -32,6 +31,7 @@ from sliceserve.slicing.modeling import SlicedForCausalLM
 from sliceserve.slicing.parts import PartWriter, assemble_shards
 from sliceserve.slicing.perplexity import measure
 from sliceserve.slicing.progress import UNFINISHED, keep_job
+from sliceserve.slicing.quantised import check_unquantised
 from sliceserve.slicing.source import Location, copy_tokenizer, load_tokenizer
 from sliceserve.slicing.weights import ShardReader, hash_files
 

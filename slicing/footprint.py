@@ -13,10 +13,8 @@ import torch
 from sliceserve.slicing.architectures import Architecture
 from sliceserve.slicing.config import head_dim
 from sliceserve.slicing.modeling import HEAD_MAP, ROTATION
+from sliceserve.slicing.quantised import Scheme
 
-# Bytes of a weight of a layer's linears; None leaves it in the model's dtype. Embedding, head and
-# rotations are never quantised by the server.
-QUANTIZATIONS: dict[str, int | None] = {"none": None, "fp8": 1, "int8": 1}
 LOGITS_COPIES = 2  # in float32, while a token is drawn
 STREAM_COPIES = 3  # the residual, its norm, and what is added to it
 
@@ -90,7 +88,7 @@ def footprint(
     config: Any,
     architecture: Architecture,
     dtype: torch.dtype,
-    quantization: str,
+    scheme: Scheme | None,
     load: Load,
 ) -> Footprint:
     """Add up the memory of a dense or sliced model.
@@ -100,11 +98,12 @@ def footprint(
         config: of the model, dense or sliced.
         architecture: the description of the dense model.
         dtype: of weights, cache and activations.
-        quantization: a name of `QUANTIZATIONS`.
+        scheme: of the layers' linears; None leaves them in `dtype`. Embedding, head and rotations
+            are never quantised.
         load: what is asked of the server.
 
     """
-    parts = _Parts(architecture, dtype, QUANTIZATIONS[quantization])
+    parts = _Parts(architecture, dtype, scheme)
     count = int(config.num_hidden_layers)
     embedding, head = Part(), Part()
     layers, rotations = [Part()] * count, [Part()] * count
@@ -147,11 +146,11 @@ class _Parts:
     """Says of a tensor how many bytes it takes, and whether tensor parallelism splits it."""
 
     def __init__(
-        self, architecture: Architecture, dtype: torch.dtype, quantized: int | None
+        self, architecture: Architecture, dtype: torch.dtype, scheme: Scheme | None
     ) -> None:
         self.architecture = architecture
-        self.itemsize = dtype.itemsize
-        self.quantized = quantized
+        self.dtype = dtype
+        self.scheme = scheme
 
     def of(self, name: str, shape: tuple[int, ...]) -> Part:
         rotation = f".{ROTATION}." in name
@@ -159,13 +158,13 @@ class _Parts:
             f"{self.architecture.positions}."
         )
         if len(shape) < 2 or positions or name.startswith(f"{HEAD_MAP}."):
-            return Part(whole=prod(shape) * self.itemsize)
-        if rotation and self.quantized:
+            return Part(whole=prod(shape) * self.dtype.itemsize)
+        if rotation and self.scheme:
             # Beside quantised linears every rank keeps them whole; otherwise they are fused.
-            return Part(whole=prod(shape) * self.itemsize)
-        layer = name.startswith(f"{self.architecture.layers}.") and not rotation
-        itemsize = self.quantized if layer and self.quantized else self.itemsize
-        return Part(split=prod(shape) * itemsize)
+            return Part(whole=prod(shape) * self.dtype.itemsize)
+        if self.scheme and name.startswith(f"{self.architecture.layers}."):
+            return Part(split=self.scheme.weight_bytes(shape, self.dtype))
+        return Part(split=prod(shape) * self.dtype.itemsize)
 
 
 def _activations(

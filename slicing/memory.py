@@ -28,6 +28,11 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def available_bytes() -> int:
+    """Return most of the host's free memory."""
+    return int(AVAILABLE_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
 def return_freed_memory() -> None:
     """Give freed memory back to the system, where the C library can.
 
@@ -62,8 +67,7 @@ def signal_budget(
 
     """
     if limit is None:
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        limit = int(AVAILABLE_SHARE * available) + resident_bytes()
+        limit = available_bytes() + resident_bytes()
     needed = resident_bytes() + max(
         working_set(model, device, output) + refits * refit_set(model, device),
         surveys * survey_set(model, device),

@@ -27,11 +27,13 @@ from sliceserve.slicing.evaluation import Score, average, main_metric
 from sliceserve.slicing.finetune import HISTORY
 from sliceserve.slicing.job import PAPER
 from sliceserve.slicing.modeling import HEAD_MAP, ROTATION, expected_shapes
+from sliceserve.slicing.quantised import quantised_linears
 from sliceserve.slicing.report import describe_ranks
 from sliceserve.slicing.source import read_json_object
 
 TEMPLATES = Path(__file__).with_name("data")
 PLACES_SHOWN = 5
+COUNTS = ("before", "after", "bytes_after")  # of parameters, and bytes
 
 
 def write_report(directory: Path, results: Sequence[Path], output: Path) -> None:
@@ -175,20 +177,22 @@ def parts_table(summary: CheckpointSummary, config: SlicedConfig) -> list[dict[s
         # A tied head is stored with the embedding.
         before.pop(f"{architecture.head}.weight", None)
     after = {name: torch.Size(shape).numel() for name, shape in expected_shapes(config).items()}
+    kept = getattr(torch, summary.dtype)
+    sizes = {name: count * kept.itemsize for name, count in after.items()}
+    if summary.scheme:
+        for name, shape in quantised_linears(config).items():
+            sizes[name] = summary.scheme.weight_bytes(shape, kept)
     stored = summary.provenance.get("source", {}).get("dtype", summary.dtype)
     rows: list[dict[str, Any]] = []
     for part in ("embedding", "attention", "MLP", "rotations", "norms", "head"):
         counts = [
             sum(n for name, n in numbers.items() if part_of(name, architecture) == part)
-            for numbers in (before, after)
+            for numbers in (before, after, sizes)
         ]
-        rows.append({"part": part, "before": counts[0], "after": counts[1]})
-    rows.append(
-        {"part": "total"} | {key: sum(row[key] for row in rows) for key in ("before", "after")}
-    )
+        rows.append({"part": part} | dict(zip(COUNTS, counts, strict=True)))
+    rows.append({"part": "total"} | {key: sum(row[key] for row in rows) for key in COUNTS})
     for row in rows:
         row["bytes_before"] = row["before"] * getattr(torch, stored).itemsize
-        row["bytes_after"] = row["after"] * getattr(torch, summary.dtype).itemsize
     return rows
 
 

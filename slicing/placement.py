@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from sliceserve.slicing.config import head_dim
 from sliceserve.slicing.footprint import Footprint, Part, key_value_heads
 
 
@@ -43,16 +44,19 @@ def _filled(sizes: Sequence[int], room: int) -> list[int] | None:
     return counts
 
 
-def tensor_parallel_gpus(model: Footprint, config: Any, gpu_bytes: int) -> int | None:
+def tensor_parallel_gpus(
+    model: Footprint, config: Any, gpu_bytes: int, group_size: int | None
+) -> int | None:
     """Return the smallest tensor-parallel size that fits, None if none does.
 
     Args:
         model: what is to be split.
         config: of the model, dense or sliced.
         gpu_bytes: of one GPU, that weights, cache and activations may take.
+        group_size: of quantised linears: inputs that share a scale; None if that is a row.
 
     """
-    for ranks in tensor_parallel_sizes(config):
+    for ranks in tensor_parallel_sizes(config, group_size):
         if tensor_parallel_bytes(model, ranks) <= gpu_bytes:
             return ranks
     return None
@@ -65,13 +69,20 @@ def tensor_parallel_bytes(model: Footprint, ranks: int) -> int:
     return sum(part.share(ranks) for part in (*parts, cache))
 
 
-def tensor_parallel_sizes(config: Any) -> list[int]:
-    """Return the sizes that divide attention heads, key-value heads and the MLP's width."""
+def tensor_parallel_sizes(config: Any, group_size: int | None = None) -> list[int]:
+    """Return the sizes that divide attention heads, key-value heads and the MLP's width.
+
+    Of linears whose inputs share scales in groups, no rank gets a part of a group.
+    """
     heads = key_value_heads(config)
     inner = getattr(config, "intermediate_size", None) or config.ffn_dim
     whole = (int(config.num_attention_heads), int(inner))
+    # What linears read whose inputs are split.
+    inputs = (whole[0] * head_dim(config), whole[1])
     return [
         size
         for size in range(1, heads + 1)
-        if heads % size == 0 and all(number % size == 0 for number in whole)
+        if heads % size == 0
+        and all(number % size == 0 for number in whole)
+        and (size == 1 or all(number % (size * (group_size or 1)) == 0 for number in inputs))
     ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sliceserve.slicing.architectures import Architecture, find_architecture
-from sliceserve.slicing.checkpoint import quantised_scheme, read_sliced_config
+from sliceserve.slicing.checkpoint import read_sliced_config
 from sliceserve.slicing.config import MODEL_TYPE
 from sliceserve.slicing.dense import DenseOutline, outline_dense_model
 from sliceserve.slicing.errors import UserError, reading
@@ -17,6 +17,7 @@ from sliceserve.slicing.footprint import Footprint, Load, Shapes, footprint
 from sliceserve.slicing.job import SliceOptions
 from sliceserve.slicing.modeling import expected_shapes
 from sliceserve.slicing.placement import stages, tensor_parallel_bytes, tensor_parallel_gpus
+from sliceserve.slicing.quantised import SCHEMES, Scheme, quantised_scheme
 from sliceserve.slicing.shape import FRACTION, choose_shape
 from sliceserve.slicing.source import CONFIG_ALONE, locate, read_json_object
 
@@ -36,7 +37,7 @@ class PlanOptions:
         rotation: the forms to show; None takes all.
         rank: of low-rank rotations; None as for `sliceserve slice`.
         round_to: the width kept is a multiple of this; None as for `sliceserve slice`.
-        quantization: names of `footprint.QUANTIZATIONS`; None takes "none" and "fp8", or that of a
+        quantization: "none" or names of `SCHEMES`; None takes "none" and "fp8", or that of a
             quantised checkpoint.
         dtype: of weights, cache and activations; None takes the config's, and bfloat16 if it has
             none.
@@ -70,7 +71,8 @@ class Form:
         rotation: the form of the rotations; None likewise.
         width: columns of the residual stream at the first place.
         rank: of the rotations; None for whole matrices, or where there are none.
-        quantization: a name of `footprint.QUANTIZATIONS`.
+        quantization: "none" or a name of `SCHEMES`.
+        group_size: inputs that share a scale; None where that is a row, or nothing is quantised.
         parameters: rotations and head included, a tied table once.
         ratio: parameters over those of the dense model.
         embedding_bytes: of token and position tables.
@@ -92,6 +94,7 @@ class Form:
     width: int
     rank: int | None
     quantization: str
+    group_size: int | None
     parameters: int
     ratio: float
     embedding_bytes: int
@@ -178,12 +181,11 @@ def make_plan(options: PlanOptions) -> Plan:
     if own and options.quantization:
         asked = " ".join(options.quantization)
         raise UserError(f"--quantization {asked}: MODEL {str(directory)!r} is quantised already")
-    quantizations = [own] if own else options.quantization or SHOWN
-    for quantization, candidate in product(quantizations, candidates):
-        memory = footprint(
-            candidate.shapes, candidate.config, architecture, dtype, quantization, load
-        )
-        forms.append(_form(candidate, quantization, memory, usable))
+    # "none" is no scheme.
+    schemes = [own] if own else [SCHEMES.get(name) for name in options.quantization or SHOWN]
+    for scheme, candidate in product(schemes, candidates):
+        memory = footprint(candidate.shapes, candidate.config, architecture, dtype, scheme, load)
+        forms.append(_form(candidate, scheme, memory, usable))
     return Plan(
         model=options.model,
         architecture=architecture.causal_lm,
@@ -256,16 +258,18 @@ def _candidates(options: PlanOptions, model: DenseOutline) -> Iterator[_Candidat
         )
 
 
-def _form(candidate: _Candidate, quantization: str, memory: Footprint, usable: int) -> Form:
+def _form(candidate: _Candidate, scheme: Scheme | None, memory: Footprint, usable: int) -> Form:
     layers = stages(memory, usable)
-    ranks = tensor_parallel_gpus(memory, candidate.config, usable)
+    group_size = scheme.group_size if scheme else None
+    ranks = tensor_parallel_gpus(memory, candidate.config, usable, group_size)
     return Form(
         name=candidate.name,
         fraction=candidate.fraction,
         rotation=candidate.rotation,
         width=candidate.width,
         rank=candidate.rank,
-        quantization=quantization,
+        quantization=scheme.name if scheme else "none",
+        group_size=group_size,
         parameters=memory.parameters,
         ratio=candidate.ratio,
         embedding_bytes=memory.embedding.bytes,

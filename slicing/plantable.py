@@ -36,13 +36,19 @@ def assumptions(plan: Plan) -> list[str]:
         "Tensor parallel: every matrix on all GPUs, whose number divides attention heads, "
         "key-value heads and the MLP's width.",
     ]
-    eight_bits = {form.quantization for form in plan.forms} - {"none"}
-    if eight_bits:
-        sentences.append(
-            f"{' and '.join(sorted(eight_bits))}: one byte a weight of the layers' linears; "
-            f"embedding, head and rotations stay in {plan.dtype}, and the rotations are whole on "
-            "every tensor-parallel GPU."
-        )
+    sizes = {
+        form.quantization: "one byte a weight"
+        if form.group_size is None
+        else f"half a byte a weight and a scale for each group of {form.group_size}, which no two "
+        "GPUs share"
+        for form in plan.forms
+        if form.quantization != "none"
+    }
+    sentences += [
+        f"{name}: the layers' linears take {size}; embedding, head and rotations stay in "
+        f"{plan.dtype}, and the rotations are whole on every tensor-parallel GPU."
+        for name, size in sizes.items()
+    ]
     return sentences
 
 

@@ -1,6 +1,7 @@
 """What a person reads about a sliced checkpoint."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from sliceserve.slicing.checkpoint import CheckpointSummary
@@ -18,6 +19,8 @@ def as_fields(summary: CheckpointSummary) -> dict[str, Any]:
         "ratio": summary.ratio,
         "bytes": summary.bytes,
         "dtype": summary.dtype,
+        "quantization": summary.scheme and summary.scheme.name,
+        "group_size": summary.scheme and summary.scheme.group_size,
         "provenance": summary.provenance,
     }
 
@@ -31,7 +34,7 @@ def describe(summary: CheckpointSummary) -> str:
     )
     rotations = summary.rotation_parameters / summary.sliced_parameters
     lines = {
-        "checkpoint": f"{summary.directory} (format {slicing.format_version}, {summary.dtype})",
+        "checkpoint": f"{summary.directory} (format {slicing.format_version}, {summary.stored_as})",
         "base": slicing.architecture,
         "width": f"{widths} of the residual stream",
         "rotations": describe_ranks(slicing.ranks),
@@ -51,12 +54,25 @@ def describe(summary: CheckpointSummary) -> str:
         lines["refit"] = (
             f"{refit['regressions']} regressions, {refit['rejected']} of them no better than none"
         )
+    if quantised := summary.provenance.get("quantization"):
+        lines["quantised"] = describe_rounding(quantised)
     if summary.ratio >= 1:
         lines["note"] = "not smaller than the dense model: rotations and an untied head outweigh it"
     text = "\n".join(f"{name:<12} {text}" for name, text in lines.items())
     if held_out := summary.provenance.get("held_out"):
-        text += f"\n\nperplexity on text held out\n{describe_held_out(held_out)}\n"
+        before = ", before it was quantised" if summary.scheme else ""
+        text += f"\n\nperplexity on text held out{before}\n{describe_held_out(held_out)}\n"
     return text
+
+
+def describe_rounding(record: Mapping[str, Any]) -> str:
+    """Say how weights were rounded, and on what text."""
+    if record["rounding"] == "nearest":
+        return "rounded to nearest"
+    return (
+        f"by {record['rounding']} on {record['calibration']}, {record['samples']} × "
+        f"{record['sequence_length']} tokens, seed {record['seed']}"
+    )
 
 
 def describe_ranks(ranks: list[int | None]) -> str:

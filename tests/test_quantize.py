@@ -1,4 +1,4 @@
-"""Eight-bit checkpoints: the weights against rounding by hand, vLLM against Transformers."""
+"""Eight-bit checkpoints against rounding by hand; these and four bits in vLLM."""
 
 import json
 import shutil
@@ -10,13 +10,15 @@ import torch
 from conftest import OTHER_CONFIGS, save_tiny
 from safetensors.torch import load_file, save_file
 from test_checkpoint import shard
+from test_four_bits import make_four_bits, make_sliced
 from test_vllm import EAGER, PROMPTS, generate_each, greedy
 from torch.testing import assert_close
 
-from sliceserve.slicing.checkpoint import read_checkpoint_summary
+from sliceserve.slicing.checkpoint import read_checkpoint_summary, read_sliced_config
 from sliceserve.slicing.cli import main
 from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
-from sliceserve.slicing.quantize import SCHEMES, run_quantize
+from sliceserve.slicing.page import parts_table
+from sliceserve.slicing.quantize import QuantizeOptions, run_quantize
 
 LARGEST = {"fp8": 448.0, "int8": 127.5}  # compressed-tensors maps the largest of a row here
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -35,13 +37,13 @@ def sliced(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", LARGEST)
 @pytest.mark.parametrize("name", ["llama-tied", "opt"])
 def test_linears_are_rounded_to_nearest_and_all_else_stays(
     name: str, scheme: str, sliced: dict[str, Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    summary = run_quantize(sliced[name], output, scheme, show_progress=False)
+    summary = run_quantize(QuantizeOptions(sliced[name], output, scheme), show_progress=False)
     before, after = load_file(shard(sliced[name])), load_file(shard(output))
     scales = {key for key in after if key.endswith("_scale")}
     assert len(scales) == 3 * (7 if name == "llama-tied" else 6)
@@ -69,7 +71,7 @@ def test_linears_are_rounded_to_nearest_and_all_else_stays(
 def eight_bits(sliced: dict[str, Path]) -> dict[str, Path]:
     outputs = {name: path.with_name("int8") for name, path in sliced.items()}
     for name, output in outputs.items():
-        run_quantize(sliced[name], output, "int8", show_progress=False)
+        run_quantize(QuantizeOptions(sliced[name], output, "int8"), show_progress=False)
     return outputs
 
 
@@ -102,12 +104,27 @@ def widened(directory: Path, output: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(eight_bits: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
-    results = generate_each(list(eight_bits.values()), PROMPTS, 6, EAGER)
-    return dict(zip(eight_bits, results, strict=True))
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_sliced(tmp_path_factory.mktemp("narrow"))
 
 
-def test_vllm_agrees_with_transformers(
+@pytest.fixture(scope="module")
+def four_bits(narrow: dict[str, Path]) -> dict[str, Path]:
+    return make_four_bits(narrow)
+
+
+@pytest.fixture(scope="module")
+def served(
+    eight_bits: dict[str, Path], four_bits: dict[str, Path]
+) -> dict[str, list[dict[str, Any]]]:
+    models = eight_bits | four_bits
+    # Four-bit weights do not run in float32.
+    dtypes = ["float32"] * len(eight_bits) + ["float16"] * len(four_bits)
+    results = generate_each(list(models.values()), PROMPTS, 6, EAGER, dtypes)
+    return dict(zip(models, results, strict=True))
+
+
+def test_vllm_agrees_with_transformers_in_eight_bits(
     served: dict[str, list[dict[str, Any]]],
     eight_bits: dict[str, Path],
     sliced: dict[str, Path],
@@ -125,13 +142,27 @@ def test_vllm_agrees_with_transformers(
             assert ours["logprobs"][0] != pytest.approx(full["logprobs"][0], abs=1e-4), name
 
 
-def test_two_ranks_share_eight_bit_linears(
-    served: dict[str, list[dict[str, Any]]], eight_bits: dict[str, Path]
+def test_vllm_agrees_with_transformers_in_four_bits(
+    served: dict[str, list[dict[str, Any]]],
+    four_bits: dict[str, Path],
+    narrow: dict[str, Path],
 ) -> None:
-    (two,) = generate_each([eight_bits["opt"]], PROMPTS, 1, EAGER | {"tensor_parallel_size": 2})
-    for alone, shared in zip(served["opt"], two, strict=True):
-        # Each rank rounds its own half of what a row-parallel linear reads, with its own scale.
-        assert shared["logprobs"] == pytest.approx(alone["logprobs"][:1], abs=0.1)
+    for name, directory in four_bits.items():
+        expected, exact = greedy(directory, PROMPTS, 6), greedy(narrow[name], PROMPTS, 6)
+        for ours, theirs, full in zip(served[name], expected, exact, strict=True):
+            assert ours["tokens"] == theirs["tokens"], name
+            assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=3e-2), name
+            # It is the four-bit weights that ran.
+            assert ours["logprobs"][0] != pytest.approx(full["logprobs"][0], abs=3e-2), name
+
+
+def test_two_ranks_share_groups_and_add_biases_once(
+    served: dict[str, list[dict[str, Any]]], four_bits: dict[str, Path]
+) -> None:
+    options = EAGER | {"dtype": "float16", "tensor_parallel_size": 2}
+    (two,) = generate_each([four_bits["llama"]], PROMPTS, 1, options)
+    for alone, shared in zip(served["llama"], two, strict=True):
+        assert shared["logprobs"] == pytest.approx(alone["logprobs"][:1], abs=1e-2)
 
 
 def test_what_needs_the_weights_as_they_were_says_so(
@@ -164,6 +195,14 @@ def test_the_config_names_what_stays(eight_bits: dict[str, Path]) -> None:
     fields = config["quantization_config"]
     assert fields["quant_method"] == "compressed-tensors"
     assert fields["ignore"] == ["lm_head", "head_map", "re:.*residual_rotation.*"]
+
+
+def test_the_parts_of_a_report_are_the_bytes_stored(eight_bits: dict[str, Path]) -> None:
+    directory = eight_bits["opt"]
+    *_, total = parts_table(read_checkpoint_summary(directory), read_sliced_config(directory))
+    tensors = load_file(shard(directory)).items()
+    stored = sum(tensor.nbytes for name, tensor in tensors if not name.endswith("_scale"))
+    assert total["bytes_after"] == stored
 
 
 def test_the_plan_of_an_eight_bit_checkpoint_is_for_eight_bits(

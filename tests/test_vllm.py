@@ -24,9 +24,15 @@ TOLERANCE = 3e-2 if torch.cuda.is_available() else 1e-3
 
 
 def run_vllm(
-    directories: list[Path], prompts: list[list[int]], tokens: int, options: dict[str, Any]
+    directories: list[Path],
+    prompts: list[list[int]],
+    tokens: int,
+    options: dict[str, Any],
+    dtypes: list[str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    request = {"prompts": prompts, "tokens": tokens}
+    """Generate with each of some models; `dtypes` are those they run in (float32)."""
+    dtypes = dtypes or ["float32"] * len(directories)
+    request = {"prompts": prompts, "tokens": tokens, "dtypes": dtypes}
     return run_script("vllm_generate.py", directories, request, options)
 
 
@@ -52,9 +58,13 @@ def run_script(
 
 
 def generate_each(
-    directories: list[Path], prompts: list[list[int]], tokens: int, options: dict[str, Any]
+    directories: list[Path],
+    prompts: list[list[int]],
+    tokens: int,
+    options: dict[str, Any],
+    dtypes: list[str] | None = None,
 ) -> list[list[dict[str, Any]]]:
-    return read_results(run_vllm(directories, prompts, tokens, options), len(directories))
+    return read_results(run_vllm(directories, prompts, tokens, options, dtypes), len(directories))
 
 
 def read_results(result: subprocess.CompletedProcess[str], count: int) -> list[Any]:

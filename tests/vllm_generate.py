@@ -7,10 +7,15 @@ from typing import Any
 
 
 def main(
-    directories: list[str], prompts: list[list[int]], tokens: int, options: dict[str, Any]
+    directories: list[str],
+    prompts: list[list[int]],
+    tokens: int,
+    options: dict[str, Any],
+    dtypes: list[str],
 ) -> None:
-    for directory in directories:
-        print("RESULT " + json.dumps(generate(directory, prompts, tokens, options)), flush=True)
+    for directory, dtype in zip(directories, dtypes, strict=True):
+        results = generate(directory, prompts, tokens, {"dtype": dtype} | options)
+        print("RESULT " + json.dumps(results), flush=True)
 
 
 def generate(
@@ -23,7 +28,6 @@ def generate(
         model=directory,
         **(
             {
-                "dtype": "float32",
                 "max_model_len": 128,
                 "max_num_seqs": 8,
                 "skip_tokenizer_init": True,
