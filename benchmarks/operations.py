@@ -86,7 +86,9 @@ def main() -> None:
     parser.add_argument("shapes", nargs="+", choices=SHAPES)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 256, 1024, 8192])
     options = parser.parse_args()
-    print("| operation | shape | " + " | ".join(f"{count} tokens" for count in options.tokens) + " |")
+    print(
+        "| operation | shape | " + " | ".join(f"{count} tokens" for count in options.tokens) + " |"
+    )
     print("| --- | --- |" + " ---: |" * len(options.tokens))
     for shape in options.shapes:
         hidden, inner = SHAPES[shape]["hidden_size"], SHAPES[shape]["intermediate_size"]

@@ -40,15 +40,15 @@ if triton is not None:
     @triton.jit
     def _gated(  # type: ignore[no-untyped-def]
         x_ptr, p_ptr, y_ptr, width, inner, rank, eps, x_stride, p_stride,
-        X: tl.constexpr, Y: tl.constexpr,
+        stream_block: tl.constexpr, block: tl.constexpr,
     ):  # fmt: skip
         token = tl.program_id(0).to(tl.int64)
-        column = tl.program_id(1) * Y + tl.arange(0, Y)
+        column = tl.program_id(1) * block + tl.arange(0, block)
         inside, active = column < inner + rank, column < inner
         gate = tl.load(p_ptr + token * p_stride + column, mask=active, other=0.0).to(tl.float32)
         # What stands `inner` further on is the up half and, after that, u.
         other = tl.load(p_ptr + token * p_stride + inner + column, mask=inside, other=0.0)
-        k = tl.arange(0, X)
+        k = tl.arange(0, stream_block)
         x = tl.load(x_ptr + token * x_stride + k, mask=k < width, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(x * x) / width + eps)
         gate = gate * scale
@@ -67,7 +67,7 @@ def launch(x: Tensor, projected: Tensor, rank: int, eps: float) -> Tensor:
     kernel: Any = _gated[grid]
     kernel(
         x, projected, y, x.shape[1], inner, rank, eps, x.stride(0), projected.stride(0),
-        X=triton.next_power_of_2(x.shape[1]), Y=block, num_warps=warps,
+        stream_block=triton.next_power_of_2(x.shape[1]), block=block, num_warps=warps,
     )  # fmt: skip
     return y
 

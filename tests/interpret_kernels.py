@@ -1,0 +1,15 @@
+"""Run the kernels in Triton's interpreter: INPUTS OUTPUTS, files of torch.save.
+
+A process of its own, because Triton must see TRITON_INTERPRET when it is imported first.
+"""
+
+import sys
+
+import torch
+
+from sliceserve.kernels.gated import launch
+
+if __name__ == "__main__":
+    source, target = sys.argv[1:]
+    cases = torch.load(source)
+    torch.save([launch(*case) for case in cases], target)

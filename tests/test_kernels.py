@@ -1,0 +1,103 @@
+"""The kernels: through Triton's interpreter on the CPU, against float64."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+from torch.testing import assert_close
+
+from sliceserve.kernels import gated as compiled
+from sliceserve.kernels.accumulate import accumulate
+
+EPS = 1e-5
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+# Tokens, width, inner, rank: one row, odd sizes, no rotation, more than a program's columns.
+SIZES = [(1, 96, 40, 0), (5, 101, 57, 13), (3, 64, 600, 24), (130, 32, 16, 8), (2, 8, 2100, 4)]
+
+
+def exact(x: Tensor, projected: Tensor, rank: int) -> Tensor:
+    inner = (projected.shape[1] - rank) // 2
+    wide, divided = projected.double(), (x.double().square().mean(-1, keepdim=True) + EPS).sqrt()
+    gate, up = wide[:, :inner] / divided, wide[:, inner : 2 * inner] / divided
+    return torch.cat([silu(gate) * up, wide[:, 2 * inner :]], -1)
+
+
+def inputs(dtype: torch.dtype, size: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, int]:
+    """A stream and its product, both views of wider matrices."""
+    tokens, width, inner, rank = size
+    torch.manual_seed(0)
+    x = torch.randn(tokens, width + 3).to(dtype)[:, 3:]
+    return x, torch.randn(tokens, 2 * inner + rank + 5).to(dtype)[:, 5:], rank
+
+
+CASES = [(dtype, size) for dtype in TOLERANCES for size in SIZES]
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[Tensor]:
+    work = tmp_path_factory.mktemp("interpreted")
+    torch.save([(*inputs(*case), EPS) for case in CASES], work / "inputs")
+    subprocess.run(
+        [sys.executable, Path(__file__).with_name("interpret_kernels.py"), "inputs", "outputs"],
+        cwd=work,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        check=True,
+    )
+    outputs: list[Tensor] = torch.load(work / "outputs")
+    return outputs
+
+
+@pytest.mark.parametrize("index", range(len(CASES)))
+def test_the_kernel_is_the_formula(index: int, interpreted: list[Tensor]) -> None:
+    dtype, size = CASES[index]
+    x, projected, rank = inputs(dtype, size)
+    y, tolerance = interpreted[index], TOLERANCES[dtype]
+    assert y.dtype == dtype
+    assert_close(y.double(), exact(x, projected, rank), rtol=tolerance, atol=tolerance)
+    assert torch.equal(y[:, size[2] :], projected[:, 2 * size[2] :])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_without_a_gpu_the_operation_falls_back(dtype: torch.dtype) -> None:
+    x, projected, rank = inputs(dtype, SIZES[1])
+    y = compiled.gated(x, projected, rank, EPS)
+    tolerance = TOLERANCES[dtype]
+    assert_close(y.double(), exact(x, projected, rank), rtol=tolerance, atol=tolerance)
+    empty = compiled.gated(x[:0], projected[:0], rank, EPS)
+    assert empty.shape == (0, SIZES[1][2] + rank)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "message"),
+    [((4, 20), 2, "as many rows"), ((3, 20), 3, "two halves"), ((3, 20), 20, "two halves")],
+)
+def test_what_does_not_fit_is_refused(shape: tuple[int, int], rank: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compiled.gated(torch.ones(3, 8), torch.ones(*shape), rank, EPS)
+
+
+def test_operations_keep_their_promises_to_the_compiler() -> None:
+    x, projected, rank = inputs(torch.float32, SIZES[1])
+    torch.library.opcheck(compiled.gated, (x, projected, rank, EPS))
+    torch.library.opcheck(accumulate, (torch.ones(3, 5), torch.ones(3, 4), torch.ones(5, 4)))
+
+
+def test_accumulate_adds_in_place_also_when_compiled() -> None:
+    torch.manual_seed(0)
+    x, a, weight = torch.randn(3, 7), torch.randn(3, 9), torch.randn(7, 9)
+    expected = x.double() + a.double() @ weight.double().T
+
+    def step(x: Tensor) -> Tensor:
+        accumulate(x, a, weight)
+        return x * 2
+
+    for run in (step, torch.compile(step, backend="aot_eager")):
+        stream = x.clone()
+        doubled = run(stream)
+        assert_close(stream.double(), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(doubled, stream * 2)
