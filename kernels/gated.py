@@ -29,7 +29,7 @@ BLOCKS = ((8, 512, 4), (128, 2048, 8), (1024, 4096, 8), (1 << 62, 8192, 8))
 def reference(x: Tensor, projected: Tensor, rank: int, eps: float) -> Tensor:
     """Compute y in plain torch, the norm and the activation in float32."""
     inner = (projected.shape[-1] - rank) // 2
-    gate, up, beside = projected.split([inner, inner, rank], dim=-1)
+    gate, up, beside = torch.split(projected, [inner, inner, rank], dim=-1)
     scale = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
     active = silu(gate.float() * scale) * (up.float() * scale)
     return torch.cat([active.to(x.dtype), beside], dim=-1)
@@ -37,7 +37,7 @@ def reference(x: Tensor, projected: Tensor, rank: int, eps: float) -> Tensor:
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit  # type: ignore[untyped-decorator]
     def _gated(  # type: ignore[no-untyped-def]
         x_ptr, p_ptr, y_ptr, width, inner, rank, eps, x_stride, p_stride,
         stream_block: tl.constexpr, block: tl.constexpr,

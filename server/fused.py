@@ -148,7 +148,9 @@ class FusedDecoderLayer(nn.Module):
         if self.late_norms[index]:
             join = gated if x.is_cuda else reference
             projected = self.joined_reads[index](x)
-            return writes.add_to(x, join(x, projected, size if rank else 0, norm.variance_epsilon))
+            joined = join(x, projected, size if rank else 0, norm.variance_epsilon)
+            moved: Tensor = writes.add_to(x, joined)
+            return moved
         projected = self.joined_reads[index](norm(x))
         inputs = torch.split(projected, self.input_sizes[index], dim=-1)
         # Bound to a name before attention splits the graph: vLLM compiles equal layers once only if
@@ -166,7 +168,8 @@ class FusedDecoderLayer(nn.Module):
         if beside is not None:
             outputs.append(beside)
         joined = torch.cat(outputs, dim=-1)
-        return writes.summed(joined) if rank is None else writes.add_to(x, joined)
+        written: Tensor = writes.summed(joined) if rank is None else writes.add_to(x, joined)
+        return written
 
     def _run(self, branch: Branch, positions: Tensor, y: Tensor) -> Tensor:
         if branch == (self.architecture.attention,):
