@@ -113,27 +113,10 @@ def uneven(tiny: Path) -> Path:
     return output
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param(EAGER, id="eager"),
-        pytest.param({}, id="compiled"),
-        pytest.param(EAGER | {"tensor_parallel_size": 2}, id="tp2"),
-        pytest.param({"pipeline_parallel_size": 2}, id="pp2-compiled"),
-    ],
-)
-def test_vllm_agrees_with_transformers(options: dict[str, Any], uneven: Path) -> None:
-    expected = greedy(uneven, PROMPTS, tokens=12)
-    got = generate(uneven, PROMPTS, 12, options)
-    for ours, theirs in zip(got, expected, strict=True):
-        assert ours["tokens"] == theirs["tokens"]
-        assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=TOLERANCE)
-
-
 @pytest.fixture(scope="module")
-def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A sliced tiny model of every other architecture."""
-    directories = {}
+def others(tmp_path_factory: pytest.TempPathFactory, uneven: Path) -> dict[str, Path]:
+    """The uneven model, and a sliced tiny model of every other architecture."""
+    directories = {"uneven": uneven}
     for name, config in OTHER_CONFIGS.items():
         work = tmp_path_factory.mktemp(name)
         dense = save_tiny(work / "dense", config, torch.float32)
@@ -151,10 +134,19 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("names", "options"),
     [
-        pytest.param([*OTHER_CONFIGS, "llama-tied-low-rank", "opt-low-rank"], EAGER, id="eager"),
-        pytest.param(["phi", "llama-tied-low-rank"], EAGER | {"tensor_parallel_size": 2}, id="tp2"),
         pytest.param(
-            ["opt", "llama-tied-low-rank"], {"pipeline_parallel_size": 2}, id="pp2-compiled"
+            ["uneven", *OTHER_CONFIGS, "llama-tied-low-rank", "opt-low-rank"], EAGER, id="eager"
+        ),
+        pytest.param(["uneven"], {}, id="compiled"),
+        pytest.param(
+            ["uneven", "phi", "llama-tied-low-rank"],
+            EAGER | {"tensor_parallel_size": 2},
+            id="tp2",
+        ),
+        pytest.param(
+            ["uneven", "opt", "llama-tied-low-rank"],
+            {"pipeline_parallel_size": 2},
+            id="pp2-compiled",
         ),
     ],
 )
