@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
+from cuda_graph import seconds
 from shapes import SHAPES
 from torch import Tensor
 from torch.nn.functional import linear, silu
@@ -21,27 +22,12 @@ from sliceserve.slicing.rotations import default_rank
 from sliceserve.slicing.shape import sliced_width
 
 EPS = 1e-5
-REPLAYS, ROUNDS, CALLS = 10, 5, 8
+CALLS, REPLAYS = 8, 10
 
 
 def microseconds(call: Callable[[], object]) -> float:
-    """Return the time of a call in a CUDA graph of several, the best of some rounds."""
-    for _ in range(2):
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
-    best = float("inf")
-    for _ in range(ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(REPLAYS):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        best = min(best, start.elapsed_time(end) / REPLAYS / CALLS * 1000)
-    return best
+    """Return the time of a call."""
+    return seconds(call, CALLS, REPLAYS) * 1e6
 
 
 def normed_and_joined(x: Tensor, projected: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,12 @@ CUDA graph, at several numbers of tokens, per column and against the first width
 import argparse
 
 import torch
+from cuda_graph import seconds as graph_seconds
 from shapes import SHAPES
 from torch import Tensor
 from torch.nn.functional import linear
 
-REPLAYS, ROUNDS = 20, 5
+REPLAYS = 20
 
 
 def seconds(width: int, tokens: int, config: dict[str, int]) -> float:
@@ -27,22 +28,12 @@ def seconds(width: int, tokens: int, config: dict[str, int]) -> float:
 
     weights = [random(*shape) for shape in shapes]
     inputs = [random(tokens, shape[1]) for shape in shapes]
-    for x, weight in zip(inputs, weights, strict=True):
-        linear(x, weight)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def products() -> None:
         for x, weight in zip(inputs, weights, strict=True):
             linear(x, weight)
-    best = float("inf")
-    for _ in range(ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(REPLAYS):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        best = min(best, start.elapsed_time(end) / REPLAYS / 1000)
-    return best
+
+    return graph_seconds(products, calls=1, replays=REPLAYS)
 
 
 def main() -> None:

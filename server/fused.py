@@ -146,6 +146,7 @@ class FusedDecoderLayer(nn.Module):
         rank, (start, size) = self.ranks[index], self.own_columns[index]
         writes: Any = self.joined_writes[index]
         if self.late_norms[index]:
+            # On a CPU the compiler makes one loop of plain torch, which it cannot of an operation.
             join = gated if x.is_cuda else reference
             projected = self.joined_reads[index](x)
             joined = join(x, projected, size if rank else 0, norm.variance_epsilon)

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import TypeAlias
 
 from sliceserve.slicing import values
-from sliceserve.slicing.parsing import SCHEMES, HelpFormatter, Parser
+from sliceserve.slicing.parsing import GROUP_SIZES, SCHEMES, HelpFormatter, Parser
 
 METHODS = ("lora", "full")
 ROUNDINGS = ("nearest", "gptq")
-GROUP_SIZES = (128, 64, 32)
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 

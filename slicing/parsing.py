@@ -7,6 +7,7 @@ from sliceserve.slicing.errors import UserError
 
 ROTATIONS = ("dense", "low-rank", "shared")
 SCHEMES = ("fp8", "int8", "w4a16")
+GROUP_SIZES = (128, 64, 32)  # that vLLM's kernels take
 DTYPES = ("bfloat16", "float16", "float32")
 
 

@@ -31,6 +31,7 @@ from sliceserve.slicing.devices import checked_device, within_memory
 from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.gptq import LayerRounder
 from sliceserve.slicing.packing import Packer
+from sliceserve.slicing.parsing import GROUP_SIZES
 from sliceserve.slicing.quantised import (
     SCHEMES,
     Scheme,
@@ -40,7 +41,6 @@ from sliceserve.slicing.quantised import (
 from sliceserve.slicing.source import Location, copy_tokenizer, load_tokenizer, read_json_object
 from sliceserve.slicing.weights import INDEX, ShardReader, write_tensors
 
-GROUP_SIZES = (128, 64, 32)  # that vLLM's kernels take
 TILE = 64  # outputs: a narrower last tile would be padded by Marlin, or refused
 ROUNDED = "rounded"  # the directory of what GPTQ has found, until shards are written
 
