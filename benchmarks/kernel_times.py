@@ -43,6 +43,7 @@ def kernel_times(llm: Any, prompts: int, length: int, output: int) -> tuple[Coun
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("directory", metavar="DIR")
+    parser.add_argument("--quantization", help="of the linears, by vLLM while it loads, as fp8")
     options = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the profiler sees this process only
     from vllm import LLM
@@ -51,6 +52,7 @@ def main() -> None:
         model=options.directory,
         load_format="dummy",
         dtype="bfloat16",
+        quantization=options.quantization,
         max_model_len=2064,
         max_num_batched_tokens=8192,
         skip_tokenizer_init=True,

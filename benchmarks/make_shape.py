@@ -7,6 +7,7 @@ sliceserve benchmark OUT/low-rank-0.25 --against OUT/dense --load-format dummy
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -32,8 +33,9 @@ def write_dense_shape(shape: str, directory: Path) -> int:
 def dense_parameters(shape: str) -> int:
     """Count the parameters of a shape."""
     with init_empty_weights():
-        count: int = AutoModelForCausalLM.from_config(dense_config(shape)).num_parameters()
-    return count
+        model: Any = AutoModelForCausalLM.from_config(dense_config(shape))
+    model.tie_weights()
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def write_sliced_shape(
@@ -42,12 +44,13 @@ def write_sliced_shape(
     """Write the config of a sliced shape; return its parameters, rotations and head included."""
     dense = dense_config(shape)
     width = sliced_width(dense.hidden_size, fraction, round_to)
-    places = 2 * dense.num_hidden_layers
+    architecture = find_architecture(dense.architectures[0])
+    places = len(architecture.sublayers) * dense.num_hidden_layers
     turned = {"dense": None, "low-rank": rank or default_rank(dense.hidden_size), "shared": 0}
     last = dense.hidden_size if rotation == "dense" else width
     config = sliced_config(
         dense,
-        find_architecture("LlamaForCausalLM"),
+        architecture,
         [width] * places + [last],
         [turned[rotation]] * places,
         dense_parameters(shape),

@@ -18,10 +18,12 @@ from torch.nn.functional import linear, silu
 
 from sliceserve.kernels.accumulate import accumulate
 from sliceserve.kernels.gated import gated
+from sliceserve.kernels.rounded import reference, rounded
 from sliceserve.slicing.rotations import default_rank
 from sliceserve.slicing.shape import sliced_width
 
 EPS = 1e-5
+GATED = [name for name, shape in SHAPES.items() if shape["model_type"] == "llama"]
 CALLS, REPLAYS = 8, 10
 
 
@@ -44,7 +46,9 @@ def added(x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
     return x + linear(a, weight)
 
 
-def measure(tokens: int, width: int, inner: int, rank: int) -> dict[str, tuple[float, float]]:
+def measure(
+    tokens: int, hidden: int, width: int, inner: int, rank: int
+) -> dict[str, tuple[float, float]]:
     """Return the microseconds of each operation, compiled and ours."""
 
     def random(*shape: int) -> Tensor:
@@ -52,8 +56,11 @@ def measure(tokens: int, width: int, inner: int, rank: int) -> dict[str, tuple[f
 
     x, projected = random(tokens, width), random(tokens, 2 * inner + rank)
     a, weight = random(tokens, inner + rank), random(width, inner + rank)
+    rho = torch.rand(tokens, 1, device="cuda")
+    attention, beside = random(tokens, hidden), random(tokens, rank)
     torch.compiler.reset()
-    joins, adds = torch.compile(normed_and_joined), torch.compile(added)
+    joins, adds, rounds = map(torch.compile, (normed_and_joined, added, reference))
+    gate_up, u = projected.split([2 * inner, rank], dim=-1)
     return {
         "gated": (
             microseconds(lambda: joins(x, projected, rank)),
@@ -63,13 +70,21 @@ def measure(tokens: int, width: int, inner: int, rank: int) -> dict[str, tuple[f
             microseconds(lambda: adds(x, a, weight)),
             microseconds(lambda: accumulate(x, a, weight)),
         ),
+        "rounded, gated": (
+            microseconds(lambda: rounds(gate_up, u, rho, True)),
+            microseconds(lambda: rounded(gate_up, u, rho, True)),
+        ),
+        "rounded": (
+            microseconds(lambda: rounds(attention, beside, None, False)),
+            microseconds(lambda: rounded(attention, beside, None, False)),
+        ),
     }
 
 
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("shapes", nargs="+", choices=SHAPES)
+    parser.add_argument("shapes", nargs="+", choices=GATED)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 256, 1024, 8192])
     options = parser.parse_args()
     print(
@@ -79,7 +94,7 @@ def main() -> None:
     for shape in options.shapes:
         hidden, inner = SHAPES[shape]["hidden_size"], SHAPES[shape]["intermediate_size"]
         width, rank = sliced_width(hidden, 0.25, 128), default_rank(hidden)
-        columns = [measure(count, width, inner, rank) for count in options.tokens]
+        columns = [measure(count, hidden, width, inner, rank) for count in options.tokens]
         for name in columns[0]:
             cells = (
                 f"{compiled:.1f} → {ours:.1f} ({ours / compiled:.2f})"

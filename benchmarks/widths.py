@@ -7,20 +7,21 @@ CUDA graph, at several numbers of tokens, per column and against the first width
 """
 
 import argparse
+from typing import Any
 
 import torch
 from cuda_graph import seconds as graph_seconds
-from shapes import SHAPES
+from shapes import SHAPES, dense_config
 from torch import Tensor
 from torch.nn.functional import linear
 
 REPLAYS = 20
 
 
-def seconds(width: int, tokens: int, config: dict[str, int]) -> float:
+def seconds(width: int, tokens: int, config: Any) -> float:
     """Return the seconds of one layer's linears, the best of some rounds."""
-    hidden, middle = config["hidden_size"], config["intermediate_size"]
-    keys = 128 * config["kv_heads"]
+    hidden, middle = config.hidden_size, config.intermediate_size
+    keys = hidden // config.num_attention_heads * config.num_key_value_heads
     shapes = [(hidden + 2 * keys, width), (width, hidden), (2 * middle, width), (width, middle)]
 
     def random(*shape: int) -> Tensor:
@@ -38,11 +39,11 @@ def seconds(width: int, tokens: int, config: dict[str, int]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("shape", choices=[name for name in SHAPES if name.startswith("llama")])
     parser.add_argument("--around", type=int, required=True)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 64, 512, 8192])
     options = parser.parse_args()
-    config = SHAPES[options.shape]
+    config = dense_config(options.shape)
     first = options.around
     offsets = [0, 8, 16, 24, 32, 40, 48, 64, 72, 96, 128, 136, 160, 192, 200, 256]
     print(f"| width | multiple of | {' | '.join(f'{count} tokens' for count in options.tokens)} |")

@@ -9,7 +9,8 @@ With h = norm(x), a the branches' outputs and [a ‖ b] a concatenation, a subla
 
 The division by ρ of a gated MLP waits until after the product that reads (`kernels.gated`): there
 u = x·A is what the rotation goes on with. What is added to x is added where x lies
-(`kernels.accumulate`).
+(`kernels.accumulate`). With weights in fp8 neither is so: there the compiler makes one kernel of
+norm and rounding, and one of the addition and the next norm, and `kernels.rounded` does the rest.
 
 The columns of x (or of u) are sharded over tensor-parallel ranks as those of a are, so that one
 all-reduce sums both.
@@ -28,6 +29,7 @@ from vllm.distributed import (
 from vllm.model_executor.layers.activation import get_act_and_mul_fn
 
 from sliceserve.kernels.gated import gated, reference
+from sliceserve.kernels.rounded import rounded
 from sliceserve.server.joined import JoinedLinear, Part, shard
 from sliceserve.server.layers import LayerBuilder, Shapes, add_module, sliced_norm
 from sliceserve.slicing.architectures import Architecture, Sublayer
@@ -61,6 +63,7 @@ class FusedDecoderLayer(nn.Module):
         eps = architecture.epsilon(config)
         builder = LayerBuilder(vllm_config, architecture, shapes, prefix)
         self.architecture, self.ranks = architecture, ranks
+        self.gates: list[bool] = []
         self.late_norms: list[bool] = []
         self.joined_reads, self.joined_writes = nn.ModuleList(), nn.ModuleList()
         self.input_sizes: list[list[int]] = []
@@ -79,8 +82,11 @@ class FusedDecoderLayer(nn.Module):
             elif rank:
                 reads.append([Part(f"{rotation}.down", start, size)])
                 writes.append(Part(f"{rotation}.up", start, size))
-            late = rank is not None and self._norm_can_wait(builder, sublayer)
-            self.late_norms.append(late)
+            gates = self._is_gated_mlp(builder, sublayer)
+            self.gates.append(gates)
+            # In float16 the product could overflow; what rounds a token's row norms it on the way.
+            late = gates and rank is not None and builder.dtype != torch.float16
+            self.late_norms.append(late and builder.quant_config is None)
             self.input_sizes.append([sum(part.size for part in parts) for parts in reads])
             self.joined_reads.append(
                 self._join(builder, [part for parts in reads for part in parts], 0, width)
@@ -90,7 +96,7 @@ class FusedDecoderLayer(nn.Module):
     def _join(self, builder: LayerBuilder, parts: list[Part], axis: int, other: int) -> nn.Module:
         biased = frozenset(part.name for part in parts if builder.has_bias(part.name))
         prefix = f"{builder.prefix}.{'joined_writes' if axis else 'joined_reads'}"
-        joined: nn.Module = JoinedLinear(parts, axis, other, biased, prefix)
+        joined: nn.Module = JoinedLinear(parts, axis, other, biased, builder.quant_config, prefix)
         return joined
 
     def _add_branch(
@@ -120,11 +126,8 @@ class FusedDecoderLayer(nn.Module):
         ]
         return halves, Part(write, start, size)
 
-    def _norm_can_wait(self, builder: LayerBuilder, sublayer: Sublayer) -> bool:
-        """Whether a sublayer is one gated MLP whose product may read the stream undivided.
-
-        In float16 that product could overflow.
-        """
+    def _is_gated_mlp(self, builder: LayerBuilder, sublayer: Sublayer) -> bool:
+        """Whether a sublayer is one MLP that computes silu(gate)·up, without biases."""
         (branch, *more) = sublayer.branches
         return (
             not more
@@ -132,7 +135,6 @@ class FusedDecoderLayer(nn.Module):
             and branch != (self.architecture.attention,)
             and builder.config.hidden_act == "silu"
             and not any(builder.has_bias(path) for path in sublayer.reads)
-            and builder.dtype != torch.float16
         )
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
@@ -154,18 +156,27 @@ class FusedDecoderLayer(nn.Module):
             return moved
         projected = self.joined_reads[index](norm(x))
         inputs = torch.split(projected, self.input_sizes[index], dim=-1)
+        rounds = bool(rank and size) and x.is_cuda and writes.takes_rounded
+        if rounds and self.gates[index]:
+            q, scale = rounded(inputs[0], inputs[1], _divisor(norm, x), gates=True)
+            activated: Tensor = writes.add_rounded_to(x, q, scale)
+            return activated
         # Bound to a name before attention splits the graph: vLLM compiles equal layers once only if
         # what crosses attention is not named after an operation, as an element of a tuple is.
         beside = None
         if rank is None and size:
             beside = x[..., start : start + size]
         elif rank and size:
-            square = x.float().square().mean(-1, keepdim=True)
-            beside = inputs[-1] * (square + norm.variance_epsilon).sqrt().to(x.dtype)
+            beside = inputs[-1] * _divisor(norm, x).to(x.dtype)
         outputs = [
             self._run(branch, positions, y)
             for branch, y in zip(sublayer.branches, inputs, strict=False)
         ]
+        if rounds and beside is not None:
+            branches = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+            q, scale = rounded(branches, beside, None, gates=False)
+            added: Tensor = writes.add_rounded_to(x, q, scale)
+            return added
         if beside is not None:
             outputs.append(beside)
         joined = torch.cat(outputs, dim=-1)
@@ -179,6 +190,12 @@ class FusedDecoderLayer(nn.Module):
         for path in branch[1:-1] or branch:
             y = self.get_submodule(path)(y)
         return y
+
+
+def _divisor(norm: Any, x: Tensor) -> Tensor:
+    """Return what the norm divides a row by, ρ: [tokens, 1] in float32."""
+    divisor: Tensor = (x.float().square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+    return divisor
 
 
 def linears_of(sublayer: Sublayer, branch: Branch) -> tuple[list[str], str]:

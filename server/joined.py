@@ -2,10 +2,10 @@
 
 Matrices that read the same input are stacked by rows, those whose outputs are summed side by side
 by columns. So a rotation costs no product of its own: its factors are more rows, or columns, of
-the products that a layer runs anyway.
+the products that a layer runs anyway. The matrix may be in fp8 (`sliceserve.server.fp8`).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,12 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.utils import set_weight_attrs
 
 from sliceserve.kernels.accumulate import accumulate
+from sliceserve.server.fp8 import FP8, add_columns, round_rows, scaled_product
 
-ALIGNMENT = 8  # elements; a shard of a rotation starts at a multiple: 16 bytes of bfloat16
+ALIGNMENT = 16  # elements; a shard of a rotation starts at a multiple: 16 bytes of fp8
 
 
 class Part(NamedTuple):
@@ -45,10 +47,16 @@ def shard(length: int) -> tuple[int, int]:
 
 
 class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
-    """y = x·Wᵀ (+ b) with W joined from parts of matrices [out, in] along one axis, unquantised."""
+    """y = x·Wᵀ (+ b) with W joined from parts of matrices [out, in] along one axis."""
 
     def __init__(
-        self, parts: list[Part], axis: int, other: int, biased: frozenset[str], prefix: str
+        self,
+        parts: list[Part],
+        axis: int,
+        other: int,
+        biased: frozenset[str],
+        quant_config: Any,
+        prefix: str,
     ) -> None:
         """Make the weight, to be filled by `load`.
 
@@ -57,14 +65,18 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
             axis: 0 joins outputs (a column-parallel linear), 1 inputs (a row-parallel one).
             other: the length of the axis that all parts share.
             biased: names of the parts with a bias, which is as long as a matrix's outputs.
+            quant_config: of vLLM, one that `takes_rotations`, or None.
             prefix: the module's path.
 
         """
         joined = sum(part.size for part in parts)
         sizes = (joined, other) if axis == 0 else (other, joined)
-        super().__init__(input_size=sizes[1], output_size=sizes[0], prefix=prefix)
+        super().__init__(
+            input_size=sizes[1], output_size=sizes[0], quant_config=quant_config, prefix=prefix
+        )
         self.parts = parts
         self.axis = axis
+        self.unrounded: dict[int, Tensor] = {}
         self.quant_method.create_weights(
             self,
             input_size_per_partition=sizes[1],
@@ -72,10 +84,13 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
             input_size=sizes[1],
             output_size=sizes[0],
             params_dtype=self.params_dtype,
-            weight_loader=self.load,
+            weight_loader=self.copy_part,
         )
+        self.scaled = scaled_product(self)
+        self.takes_rounded = self.scaled is not None
         if axis == 0 and biased:
             bias = nn.Parameter(torch.zeros(joined, dtype=self.params_dtype), requires_grad=False)
+            set_weight_attrs(bias, {"weight_loader": self.copy_part})
             self.register_parameter("bias", bias)
         else:
             self.register_parameter("bias", None)
@@ -102,13 +117,47 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
             key = path.replace(".", "/")
             self.summed_biases[key].data.copy_(tensor)
             return f"summed_biases.{key}"
-        target, offset = self.weight.data if kind == "weight" else self.bias.data, 0
+        # vLLM wraps the loader of a matrix that it quantises when all of it has come.
+        parameter: Any = getattr(self, kind)
+        parameter.weight_loader(parameter, tensor, name)
+        return kind
+
+    def copy_part(self, param: Tensor, tensor: Tensor, name: str) -> None:
+        """Copy this rank's part of a tensor into a parameter; the others are arguments of `load`.
+
+        vLLM calls it, and goes by the name of the first argument.
+        """
+        path, _, kind = name.rpartition(".")
+        if kind == "weight_scale" and self.axis == 1:
+            param.data.copy_(tensor)
+            return
+        offset = 0
         for part in self.parts:
             if part.name == path:
                 source = tensor.narrow(self.axis, part.start, part.size)
-                target.narrow(self.axis, offset, part.size).copy_(source)
+                if param.dtype == FP8 != tensor.dtype:
+                    self.unrounded[offset] = source
+                else:
+                    param.data.narrow(self.axis, offset, part.size).copy_(source)
             offset += part.size
-        return kind
+
+    def finish_loading(self) -> None:
+        """Round what came unrounded into a matrix that was stored in fp8: rotations."""
+        for offset, source in self.unrounded.items():
+            if not source.numel():
+                continue
+            columns = source.to(self.weight.device)
+            place = self.weight.data.narrow(self.axis, offset, source.shape[self.axis])
+            if self.axis == 0:
+                rounded, scales = round_rows(columns)
+                self.weight_scale.data.narrow(0, offset, len(source)).copy_(scales)
+            else:
+                stored = self.weight.data.narrow(1, 0, offset)
+                weight, rounded, scales = add_columns(stored, self.weight_scale.data, columns)
+                stored.copy_(weight)
+                self.weight_scale.data.copy_(scales)
+            place.copy_(rounded)
+        self.unrounded.clear()
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply: [tokens, in of this rank] to [tokens, out of this rank]."""
@@ -122,10 +171,31 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
 
     def add_to(self, x: Tensor, a: Tensor) -> Tensor:
         """Return x [tokens, out] with `summed(a)` added; x may be changed."""
-        if x.is_cuda and get_tensor_model_parallel_world_size() == 1:
+        unquantised = self.quant_config is None
+        if unquantised and x.is_cuda and get_tensor_model_parallel_world_size() == 1:
             accumulate(x, a, self.weight)
             return self._with_biases(x)
         return x + self.summed(a)
+
+    def add_rounded_to(self, x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+        """Return x [tokens, out] with (q·scale)·Wᵀ added, summed over the ranks, with biases.
+
+        Args:
+            x: the residual stream.
+            q: what is multiplied, [tokens, in] in fp8.
+            scale: of each token, [tokens, 1].
+
+        """
+        product = self.scaled.apply_scaled_mm(
+            A=q,
+            B=self.weight,
+            out_dtype=x.dtype,
+            As=scale,
+            Bs=self.weight_scale,
+            bias=None,
+            output_shape=[len(q), x.shape[-1]],
+        )
+        return self._with_biases(x + tensor_model_parallel_all_reduce(product))
 
     def _with_biases(self, x: Tensor) -> Tensor:
         for bias in self.summed_biases.values():

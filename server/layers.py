@@ -1,4 +1,4 @@
-"""Decoder layers of a quantised sliced model, or one with LoRA, in vLLM.
+"""Decoder layers of a sliced model quantised otherwise than in fp8, or with LoRA, in vLLM.
 
 Their linears are vLLM's own, and rotations stand beside them.
 

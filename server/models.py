@@ -25,6 +25,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
+from sliceserve.server.fp8 import takes_rotations
 from sliceserve.server.fused import FusedDecoderLayer
 from sliceserve.server.joined import JoinedLinear
 from sliceserve.server.layers import Shapes, SlicedDecoderLayer, plain_linear, sliced_norm
@@ -78,8 +79,11 @@ class SlicedModel(nn.Module):
             index = int(prefix.rsplit(".", 1)[1])
             start, end = index * step, (index + 1) * step
             around, between = widths[start : end + 1], slicing.ranks[start:end]
-            # Quantised linears, and those that LoRA wraps, keep to vLLM's own classes.
-            fused = vllm_config.quant_config is None and vllm_config.lora_config is None
+            # Most quantised linears, and those that LoRA wraps, keep to vLLM's own classes.
+            quant_config = vllm_config.quant_config
+            fused = vllm_config.lora_config is None and (
+                quant_config is None or takes_rotations(quant_config, architecture, between, prefix)
+            )
             kind = FusedDecoderLayer if fused else SlicedDecoderLayer
             return kind(vllm_config, architecture, around, between, shapes, prefix)
 
@@ -225,6 +229,9 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
         if not self.is_draft:  # the model that it drafts for reports
             weights = reporting(weights, self.stored)
         loaded = set(self._load(weights, found))
+        for module in self.modules():
+            if isinstance(module, JoinedLinear):
+                module.finish_loading()
         problems = compare_shapes(found, self.stored)
         if problems:
             raise ValueError(
@@ -260,7 +267,7 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
             if isinstance(module, JoinedLinear):
                 layer = path.rsplit(".joined_", 1)[0]
                 for part in module.parts:
-                    for kind in ("weight", "bias"):
+                    for kind in ("weight", "weight_scale", "bias"):
                         name = f"{part.name}.{kind}"
                         found[rename(f"{layer}.{name}")] = (path, module, name)
         return found

@@ -1,0 +1,124 @@
+"""A branch joined with what a rotation adds beside it, rounded to fp8 with a scale a token.
+
+    y = [a ‖ ρ·u], or [silu(g) · v ‖ ρ·u] of a branch that is [g ‖ v]
+    s = max|y| / 448, q = y / s in e4m3
+
+q is what [W ; B] in fp8 multiplies. a [tokens, inner] or [tokens, 2·inner], u [tokens, rank], ρ
+[tokens, 1], q [tokens, inner + rank], s [tokens, 1] in float32. Left to itself the compiler writes
+y to memory and reads it again, and finds the largest of a row in two steps.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+FP8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FP8).max
+SMALLEST_SCALE = 1 / (LARGEST * 512)  # as vLLM has it
+COLUMNS_OF_A_WARP = 1024  # chosen on an H100
+
+
+def reference(a: Tensor, u: Tensor, rho: Tensor | None, gates: bool) -> tuple[Tensor, Tensor]:
+    """Compute q and s in plain torch, in float32."""
+    left, right = a.float(), u.float()
+    if gates:
+        gate, up = left.chunk(2, dim=-1)
+        left = silu(gate) * up
+    if rho is not None:
+        right = right * rho
+    y = torch.cat([left, right], dim=-1)
+    scale = (y.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=SMALLEST_SCALE)
+    return (y / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
+
+
+if triton is not None:
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _rounded(  # type: ignore[no-untyped-def]
+        a_ptr, u_ptr, rho_ptr, q_ptr, s_ptr, inner, rank, a_stride, u_stride, smallest,
+        gates: tl.constexpr, divided: tl.constexpr, block: tl.constexpr, rank_block: tl.constexpr,
+    ):  # fmt: skip
+        token = tl.program_id(0).to(tl.int64)
+        column, beside = tl.arange(0, block), tl.arange(0, rank_block)
+        inside, within = column < inner, beside < rank
+        left = tl.load(a_ptr + token * a_stride + column, mask=inside, other=0.0).to(tl.float32)
+        if gates:
+            up = tl.load(a_ptr + token * a_stride + inner + column, mask=inside, other=0.0)
+            left = left / (1 + tl.exp(-left)) * up.to(tl.float32)
+        right = tl.load(u_ptr + token * u_stride + beside, mask=within, other=0.0).to(tl.float32)
+        if divided:
+            right = right * tl.load(rho_ptr + token)
+        largest = tl.maximum(tl.max(tl.abs(left)), tl.max(tl.abs(right)))
+        scale = tl.maximum(largest / 448, smallest)
+        tl.store(s_ptr + token, scale)
+        row = q_ptr + token * (inner + rank)
+        tl.store(row + column, (left / scale).to(q_ptr.dtype.element_ty), mask=inside)
+        tl.store(row + inner + beside, (right / scale).to(q_ptr.dtype.element_ty), mask=within)
+
+
+def launch(
+    a: Tensor, u: Tensor, rho: Tensor | None, gates: bool, dtype: torch.dtype = FP8
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel; arguments as those of `rounded`, and the dtype of q."""
+    q, scale = _empty(a, u, rho, gates, dtype)
+    tokens, rank = u.shape
+    inner = q.shape[1] - rank
+    block = triton.next_power_of_2(inner)
+    kernel: Any = _rounded[(tokens,)]
+    kernel(
+        a, u, rho, q, scale, inner, rank, a.stride(0), u.stride(0), SMALLEST_SCALE,
+        gates=gates, divided=rho is not None, block=block,
+        rank_block=triton.next_power_of_2(max(rank, 1)),
+        num_warps=min(32, max(4, block // COLUMNS_OF_A_WARP)),
+    )  # fmt: skip
+    return q, scale
+
+
+@torch.library.custom_op("sliceserve::rounded", mutates_args=())
+def rounded(a: Tensor, u: Tensor, rho: Tensor | None, gates: bool) -> tuple[Tensor, Tensor]:
+    """Return q and s, by the kernel where there are a GPU and Triton.
+
+    Args:
+        a: what the branch computed, or gate and up before their activation; rows may be strided.
+        u: the rotation's columns, [tokens, rank]; rows may be strided.
+        rho: what a row of u is multiplied by, [tokens, 1] in float32; None for 1.
+        gates: whether a is [g ‖ v].
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit each other.
+
+    """
+    if a.ndim != 2 or u.ndim != 2 or len(a) != len(u) or a.dtype != u.dtype:
+        raise ValueError(
+            f"a {list(a.shape)} {a.dtype} and u {list(u.shape)} {u.dtype} must be two matrices of "
+            "as many rows and one dtype"
+        )
+    if rho is not None and (tuple(rho.shape) != (len(a), 1) or rho.dtype != torch.float32):
+        raise ValueError(f"rho {list(rho.shape)} {rho.dtype} must be [{len(a)}, 1] in float32")
+    if gates and a.shape[1] % 2:
+        raise ValueError(f"a does not have two halves: {a.shape[1]} columns")
+    usable = triton is not None and a.is_cuda and a.stride(1) == u.stride(1) == 1
+    return (launch if usable and len(a) else reference)(a, u, rho, gates)
+
+
+def _empty(
+    a: Tensor,
+    u: Tensor,
+    rho: Tensor | None,  # noqa: ARG001
+    gates: bool,
+    dtype: torch.dtype = FP8,
+) -> tuple[Tensor, Tensor]:
+    inner = a.shape[1] // 2 if gates else a.shape[1]
+    q = a.new_empty(a.shape[0], inner + u.shape[1], dtype=dtype)
+    return q, a.new_empty(a.shape[0], 1, dtype=torch.float32)
+
+
+rounded.register_fake(_empty)

@@ -1,0 +1,69 @@
+"""A model in Transformers that rounds to fp8 as vLLM does, where rotations join linears."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sliceserve.slicing.modeling import SlicedLayer
+
+LARGEST = 448  # of e4m3
+
+
+def rounded(x: Tensor, scale: Tensor) -> Tensor:
+    return (x / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+
+def scale_of(x: Tensor) -> Tensor:
+    """The scale of each row."""
+    return x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / LARGEST
+
+
+def round_joined(model: nn.Module, stored: bool) -> None:
+    """Round linears and low-rank rotations of all layers, and what they read, in place.
+
+    Args:
+        model: a sliced model, each of whose sublayers writes with one linear.
+        stored: whether that linear's scales were chosen before the rotation joined it.
+
+    """
+    for layer in (module for module in model.modules() if isinstance(module, SlicedLayer)):
+        for sublayer, rotation in zip(
+            layer.architecture.sublayers, layer.residual_rotation, strict=True
+        ):
+            down, up = rotation.get_submodule("down"), rotation.get_submodule("up")
+            (writer,) = (layer.get_submodule(path) for path in sublayer.writes)
+            _round_readers([down, *(layer.get_submodule(path) for path in sublayer.reads)])
+            _round_written(layer.get_submodule(sublayer.norm), down, writer, up, stored)
+
+
+def _round_readers(linears: list[Any]) -> None:
+    def round_token(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        return rounded(inputs[0], scale_of(inputs[0]))
+
+    for linear in linears:
+        linear.weight.data = rounded(linear.weight.data, scale_of(linear.weight.data))
+        linear.register_forward_pre_hook(round_token)
+
+
+def _round_written(norm: nn.Module, down: nn.Module, writer: Any, up: Any, stored: bool) -> None:
+    """Round two linears whose products are summed by one scale a row, and one a token."""
+    own, more = scale_of(writer.weight.data), scale_of(up.weight.data)
+    shared = own * 2 ** (more / own).log2().ceil().clamp(min=0) if stored else own.maximum(more)
+    for linear in (writer, up):
+        linear.weight.data = rounded(linear.weight.data, shared)
+    scales: dict[str, Tensor] = {}
+
+    def see_stream(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        scales["rotation"] = scale_of(down(inputs[0]))
+
+    def round_branch(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        scales["token"] = scale_of(inputs[0]).maximum(scales["rotation"])
+        return rounded(inputs[0], scales["token"])
+
+    def round_rotation(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        return rounded(inputs[0], scales["token"])
+
+    norm.register_forward_pre_hook(see_stream)
+    writer.register_forward_pre_hook(round_branch)
+    up.register_forward_pre_hook(round_rotation)
