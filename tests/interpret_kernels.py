@@ -7,9 +7,10 @@ import sys
 
 import torch
 
-from sliceserve.kernels.gated import launch
+from sliceserve.kernels import gated, rounded
 
 if __name__ == "__main__":
     source, target = sys.argv[1:]
     cases = torch.load(source)
-    torch.save([launch(*case) for case in cases], target)
+    kernels = {"gated": gated.launch, "rounded": rounded.launch}
+    torch.save({name: [kernels[name](*case) for case in cases[name]] for name in kernels}, target)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import OTHER_CONFIGS, save_tiny
+from fp8_rounding import round_joined
 from safetensors.torch import load_file, save_file
 from test_checkpoint import shard
 from test_four_bits import make_four_bits, make_sliced
@@ -75,6 +76,13 @@ def eight_bits(sliced: dict[str, Path]) -> dict[str, Path]:
     return outputs
 
 
+@pytest.fixture(scope="module")
+def fp8(sliced: dict[str, Path]) -> Path:
+    output = sliced["llama-tied"].with_name("fp8")
+    run_quantize(QuantizeOptions(sliced["llama-tied"], output, "fp8"), show_progress=False)
+    return output
+
+
 def round_what_linears_read(model: torch.nn.Module) -> None:
     """Round each token to 255 steps, as an engine does."""
 
@@ -115,12 +123,20 @@ def four_bits(narrow: dict[str, Path]) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def served(
-    eight_bits: dict[str, Path], four_bits: dict[str, Path]
+    eight_bits: dict[str, Path],
+    four_bits: dict[str, Path],
+    sliced: dict[str, Path],
+    fp8: Path,
 ) -> dict[str, list[dict[str, Any]]]:
-    models = eight_bits | four_bits
-    # Four-bit weights do not run in float32.
-    dtypes = ["float32"] * len(eight_bits) + ["float16"] * len(four_bits)
-    results = generate_each(list(models.values()), PROMPTS, 6, EAGER, dtypes)
+    models = eight_bits | four_bits | {"fp8": fp8, "fp8 online": sliced["llama-tied"]}
+    # Four-bit weights, and those that are quantised while they load, do not run in float32.
+    variants: list[dict[str, Any]] = [
+        *[{"dtype": "float32"}] * len(eight_bits),
+        *[{"dtype": "float16"}] * len(four_bits),
+        {"dtype": "float32"},
+        {"dtype": "float16", "quantization": "fp8_per_channel"},
+    ]
+    results = generate_each(list(models.values()), PROMPTS, 6, EAGER, variants)
     return dict(zip(models, results, strict=True))
 
 
@@ -140,6 +156,24 @@ def test_vllm_agrees_with_transformers_in_eight_bits(
             assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=2e-2), name
             # It is the eight-bit weights that ran.
             assert ours["logprobs"][0] != pytest.approx(full["logprobs"][0], abs=1e-4), name
+
+
+def test_rotations_join_linears_in_fp8(
+    served: dict[str, list[dict[str, Any]]], fp8: Path, sliced: dict[str, Path], tmp_path: Path
+) -> None:
+    wide = widened(fp8, tmp_path / "wide")
+    expected = greedy(wide, PROMPTS, 6, lambda model: round_joined(model, stored=True))
+    apart = greedy(wide, PROMPTS, 6)
+    for ours, theirs, other in zip(served["fp8"], expected, apart, strict=True):
+        assert ours["tokens"][:5] == theirs["tokens"][:5]
+        assert ours["logprobs"][0] == pytest.approx(theirs["logprobs"][0], abs=2e-3)
+        # A value near the middle of two that fp8 has is rounded up in one and down in the other.
+        assert ours["logprobs"][:5] == pytest.approx(theirs["logprobs"][:5], abs=6e-2)
+        assert ours["logprobs"][0] != pytest.approx(other["logprobs"][0], abs=1e-2)
+    # In float16 other values lie near the middle of two that fp8 has.
+    exact = greedy(sliced["llama-tied"], PROMPTS, 1)
+    for ours, theirs in zip(served["fp8 online"], exact, strict=True):
+        assert ours["logprobs"][0] == pytest.approx(theirs["logprobs"][0], abs=0.2)
 
 
 def test_vllm_agrees_with_transformers_in_four_bits(

@@ -28,11 +28,11 @@ def run_vllm(
     prompts: list[list[int]],
     tokens: int,
     options: dict[str, Any],
-    dtypes: list[str] | None = None,
+    variants: list[dict[str, Any]] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Generate with each of some models; `dtypes` are those they run in (float32)."""
-    dtypes = dtypes or ["float32"] * len(directories)
-    request = {"prompts": prompts, "tokens": tokens, "dtypes": dtypes}
+    """Generate with each of some models, in float32 or by options of its own."""
+    variants = variants or [{"dtype": "float32"}] * len(directories)
+    request = {"prompts": prompts, "tokens": tokens, "variants": variants}
     return run_script("vllm_generate.py", directories, request, options)
 
 
@@ -62,9 +62,9 @@ def generate_each(
     prompts: list[list[int]],
     tokens: int,
     options: dict[str, Any],
-    dtypes: list[str] | None = None,
+    variants: list[dict[str, Any]] | None = None,
 ) -> list[list[dict[str, Any]]]:
-    return read_results(run_vllm(directories, prompts, tokens, options, dtypes), len(directories))
+    return read_results(run_vllm(directories, prompts, tokens, options, variants), len(directories))
 
 
 def read_results(result: subprocess.CompletedProcess[str], count: int) -> list[Any]:

@@ -11,10 +11,10 @@ def main(
     prompts: list[list[int]],
     tokens: int,
     options: dict[str, Any],
-    dtypes: list[str],
+    variants: list[dict[str, Any]],
 ) -> None:
-    for directory, dtype in zip(directories, dtypes, strict=True):
-        results = generate(directory, prompts, tokens, {"dtype": dtype} | options)
+    for directory, variant in zip(directories, variants, strict=True):
+        results = generate(directory, prompts, tokens, variant | options)
         print("RESULT " + json.dumps(results), flush=True)
 
 
