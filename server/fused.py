@@ -7,10 +7,10 @@ With h = norm(x), a the branches' outputs and [a ‖ b] a concatenation, a subla
   root mean square by which the norm divided x;
 - none: x ← x + a·W_o.
 
-The division by ρ of a gated MLP waits until after the product that reads (`kernels.gated`): there
-u = x·A is what the rotation goes on with. What is added to x is added where x lies
-(`kernels.accumulate`). With weights in fp8 neither is so: there the compiler makes one kernel of
-norm and rounding, and one of the addition and the next norm, and `kernels.rounded` does the rest.
+On a GPU the division by ρ of a gated MLP waits until after the product that reads
+(`kernels.gated`): there u = x·A is what the rotation goes on with. What is added to x is added
+where x lies (`kernels.accumulate`). With weights in fp8 neither is so: there the compiler makes
+one kernel of the addition, the norm and its rounding, and `kernels.rounded` does the rest.
 
 The columns of x (or of u) are sharded over tensor-parallel ranks as those of a are, so that one
 all-reduce sums both.
@@ -27,8 +27,9 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
 )
 from vllm.model_executor.layers.activation import get_act_and_mul_fn
+from vllm.platforms import current_platform
 
-from sliceserve.kernels.gated import gated, reference
+from sliceserve.kernels.gated import gated
 from sliceserve.kernels.rounded import rounded
 from sliceserve.server.joined import JoinedLinear, Part, shard
 from sliceserve.server.layers import LayerBuilder, Shapes, add_module, sliced_norm
@@ -84,9 +85,11 @@ class FusedDecoderLayer(nn.Module):
                 writes.append(Part(f"{rotation}.up", start, size))
             gates = self._is_gated_mlp(builder, sublayer)
             self.gates.append(gates)
-            # In float16 the product could overflow; what rounds a token's row norms it on the way.
+            # In float16 the product could overflow; what rounds a token's row norms it on the way;
+            # on a CPU norm and activation are fast, and what joins them is not.
             late = gates and rank is not None and builder.dtype != torch.float16
-            self.late_norms.append(late and builder.quant_config is None)
+            elsewhere = builder.quant_config is not None or current_platform.is_cpu()
+            self.late_norms.append(late and not elsewhere)
             self.input_sizes.append([sum(part.size for part in parts) for parts in reads])
             self.joined_reads.append(
                 self._join(builder, [part for parts in reads for part in parts], 0, width)
@@ -148,10 +151,8 @@ class FusedDecoderLayer(nn.Module):
         rank, (start, size) = self.ranks[index], self.own_columns[index]
         writes: Any = self.joined_writes[index]
         if self.late_norms[index]:
-            # On a CPU the compiler makes one loop of plain torch, which it cannot of an operation.
-            join = gated if x.is_cuda else reference
             projected = self.joined_reads[index](x)
-            joined = join(x, projected, size if rank else 0, norm.variance_epsilon)
+            joined = gated(x, projected, size if rank else 0, norm.variance_epsilon)
             moved: Tensor = writes.add_to(x, joined)
             return moved
         projected = self.joined_reads[index](norm(x))
