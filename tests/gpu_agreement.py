@@ -5,7 +5,8 @@
 Not collected by pytest, which must pass without a GPU. For each form of rotation, on one GPU, and
 with two also tensor-parallel and pipeline-parallel, it prints the largest difference in logprob of
 the tokens that vLLM chose (compiled, CUDA graphs), over prompts fed to both, and exits with 1 above
-the tolerance of bfloat16; then the all-reduces of one step, dense and sliced.
+the tolerance of bfloat16. The same in fp8, against Transformers rounding alike in float32; then the
+all-reduces of one step, dense and sliced.
 """
 
 import sys
@@ -14,13 +15,16 @@ from typing import Any
 
 import torch
 from conftest import save_tiny, tiny_config
+from rounding import round_joined, widened
 from test_vllm import generate_each, read_results, run_script
 from transformers import AutoModelForCausalLM
 
 from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
+from sliceserve.slicing.quantize import QuantizeOptions, run_quantize
 from sliceserve.slicing.report import describe
 
-TOLERANCE = 0.1
+# In bfloat16; and in fp8, where that moves values across the middle of two that there are.
+TOLERANCES = {False: 0.1, True: 0.5}
 PROMPTS = [[1, 2, 3, 4, 5], list(range(200)), [7, 9, 11] * 20]
 FORMS: dict[str, dict[str, Any]] = {
     "whole": dict(PAPER),
@@ -58,6 +62,15 @@ def difference(reference: Any, results: list[dict[str, Any]]) -> float:
     return worst
 
 
+def load_reference(directory: Path, wide: Path | None) -> Any:
+    """Load what vLLM is compared with: the checkpoint, or one in fp8 multiplied out."""
+    dtype = torch.bfloat16 if wide is None else torch.float32
+    model: Any = AutoModelForCausalLM.from_pretrained(wide or directory, dtype=dtype)
+    if wide is not None:
+        round_joined(model, stored=True)
+    return model.cuda().eval()
+
+
 def main(work: Path) -> int:
     dense = make_dense(work / "dense")
     directories = [work / form for form in FORMS]
@@ -66,30 +79,37 @@ def main(work: Path) -> int:
             SliceOptions(str(dense), directory, samples=32, device="cuda", **FORMS[form])
         )
         print(form, describe(run.summary), run.stopwatch, flush=True)
+    run_quantize(QuantizeOptions(work / "low-rank", work / "fp8", "fp8"))
+    wide = widened(work / "fp8", work / "fp8-wide")
     layouts: dict[str, dict[str, Any]] = {"one GPU": {}}
     if torch.cuda.device_count() > 1:
         layouts["tensor-parallel 2"] = {"tensor_parallel_size": 2}
         layouts["pipeline-parallel 2"] = {"pipeline_parallel_size": 2}
-    worst = 0.0
+    passed = True
     for layout, options in layouts.items():
         settings = {
             "dtype": "bfloat16",
             "max_model_len": 512,
             "gpu_memory_utilization": 0.3,
         } | options
-        results = generate_each(directories, PROMPTS, 32, settings)
-        for directory, result in zip(directories, results, strict=True):
-            model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-            found = difference(model.cuda().eval(), result)
-            print(f"{layout}, {directory.name}: largest logprob difference {found:.4f}", flush=True)
-            worst = max(worst, found)
+        served = [*directories, work / "fp8"]
+        results = generate_each(served, PROMPTS, 32, settings, [{}] * len(served))
+        for directory, result in zip(served, results, strict=True):
+            in_fp8 = directory.name == "fp8"
+            reference = load_reference(directory, wide if in_fp8 else None)
+            found, tolerance = difference(reference, result), TOLERANCES[in_fp8]
+            passed = passed and found <= tolerance
+            print(
+                f"{layout}, {directory.name}: largest logprob difference {found:.4f}, tolerance "
+                f"{tolerance}",
+                flush=True,
+            )
     if torch.cuda.device_count() > 1:
         models = [dense, *directories]
         options = {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.3}
         counts = read_results(run_script("vllm_all_reduces.py", models, {}, options), len(models))
         print("all-reduces a step, each rank:", dict(zip(["dense", *FORMS], counts, strict=True)))
-    print(f"largest of all {worst:.4f}, tolerance {TOLERANCE}")
-    return 0 if worst <= TOLERANCE else 1
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import OTHER_CONFIGS, save_tiny
-from fp8_rounding import round_joined
+from rounding import round_joined, widened
 from safetensors.torch import load_file, save_file
 from test_checkpoint import shard
 from test_four_bits import make_four_bits, make_sliced
@@ -94,21 +94,6 @@ def round_what_linears_read(model: torch.nn.Module) -> None:
         kept = "residual_rotation" in name or "layers." not in name
         if isinstance(module, torch.nn.Linear) and not kept:
             module.register_forward_pre_hook(rounded)
-
-
-def widened(directory: Path, output: Path) -> Path:
-    """The same checkpoint with weights multiplied out, and nothing said of eight bits."""
-    shutil.copytree(directory, output)
-    tensors = load_file(shard(output))
-    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale")}
-    for name, scale in scales.items():
-        weight = name.removesuffix("_scale")
-        tensors[weight] = tensors[weight].float() * scale
-    save_file(tensors, shard(output), metadata={"format": "pt"})
-    config = json.loads((output / "config.json").read_text())
-    del config["quantization_config"]
-    (output / "config.json").write_text(json.dumps(config))
-    return output
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,34 @@
-"""A model in Transformers that rounds to fp8 as vLLM does, where rotations join linears."""
+"""What engines compute with quantised checkpoints, in Transformers: weights multiplied out, and
+rounding to fp8 as vLLM does where rotations join linears."""
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sliceserve.slicing.modeling import SlicedLayer
 
 LARGEST = 448  # of e4m3
+
+
+def widened(directory: Path, output: Path) -> Path:
+    """The same checkpoint with weights multiplied out, and nothing said of eight bits."""
+    shutil.copytree(directory, output)
+    (file,) = output.glob("*.safetensors")
+    tensors = load_file(file)
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale")}
+    for name, scale in scales.items():
+        weight = name.removesuffix("_scale")
+        tensors[weight] = tensors[weight].float() * scale
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((output / "config.json").read_text())
+    del config["quantization_config"]
+    (output / "config.json").write_text(json.dumps(config))
+    return output
 
 
 def rounded(x: Tensor, scale: Tensor) -> Tensor:
