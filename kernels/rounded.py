@@ -105,7 +105,8 @@ def rounded(a: Tensor, u: Tensor, rho: Tensor | None, gates: bool) -> tuple[Tens
         raise ValueError(f"rho {list(rho.shape)} {rho.dtype} must be [{len(a)}, 1] in float32")
     if gates and a.shape[1] % 2:
         raise ValueError(f"a does not have two halves: {a.shape[1]} columns")
-    usable = triton is not None and a.is_cuda and a.stride(1) == u.stride(1) == 1
+    dense = a.stride(1) == u.stride(1) == 1 and (rho is None or rho.is_contiguous())
+    usable = triton is not None and a.is_cuda and dense
     return (launch if usable and len(a) else reference)(a, u, rho, gates)
 
 

@@ -1,13 +1,14 @@
 """Linears in fp8 that take rotations in: which of vLLM's can, and how a rotation is rounded.
 
-e4m3 rounds relative to a number's own size, and its largest value is over 2^14 times its smallest
-normal one: a rotation that shares a scale with a branch, of a row of weights or of a token, is
-rounded no worse than with one of its own.
+e4m3 rounds relative to a number's own size as far as 2^14 below its largest: a rotation that shares
+a scale with a branch, of a row of weights or of a token, is rounded no worse than with one of its
+own, unless the two lie further apart than that.
 """
 
 from typing import Any
 
 import torch
+from compressed_tensors.quantization import QuantizationStrategy
 from torch import Tensor
 from vllm import envs
 from vllm.model_executor.layers.linear import LinearBase
@@ -19,6 +20,7 @@ FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
 # Of vLLM: weights that are quantised while they load, with a scale for all of them or one a row.
 ONLINE = ("Fp8PerTensorOnlineLinearMethod", "Fp8PtpcOnlineLinearMethod")
+STORED = "CompressedTensorsW8A8Fp8"
 NATIVE = 89  # the compute capability from which GPUs multiply fp8
 SCALED = "CutlassFP8ScaledMMLinearKernel"  # takes what is rounded already, with a scale a token
 
@@ -47,10 +49,12 @@ def takes_rotations(
         # A layer that is to stay as it is would not be known by its name when joined.
         chosen = getattr(quant_config, "args", None)
         return not quant_config.ignored_layers and getattr(chosen, "targets", None) is None
-    scheme = getattr(probe, "scheme", None)
-    stored = type(scheme).__name__ == "CompressedTensorsW8A8Fp8"
+    scheme: Any = getattr(probe, "scheme", None)
+    if type(scheme).__name__ != STORED or scheme.is_static_input_scheme:
+        return False
     # Of a product that sums several matrices each was given scales of its own.
-    return stored and all(len(sublayer.writes) == 1 for sublayer in architecture.sublayers)
+    single = all(len(sublayer.writes) == 1 for sublayer in architecture.sublayers)
+    return single and scheme.strategy == QuantizationStrategy.CHANNEL
 
 
 def scaled_product(linear: Any) -> Any:
@@ -73,8 +77,8 @@ def round_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 def add_columns(weight: Tensor, scales: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Round columns by the scales of a matrix in fp8 whose rows they are to continue.
 
-    Scales grow where the columns' values need it, by powers of two: what is in fp8 stays as
-    exact as it is.
+    Scales grow where the columns' values need it, by powers of two: what is in fp8 stays exact, but
+    for what falls below the smallest normal value.
 
     Args:
         weight: [out, in] in fp8.

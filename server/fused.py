@@ -10,7 +10,8 @@ With h = norm(x), a the branches' outputs and [a ‖ b] a concatenation, a subla
 On a GPU the division by ρ of a gated MLP waits until after the product that reads
 (`kernels.gated`): there u = x·A is what the rotation goes on with. What is added to x is added
 where x lies (`kernels.accumulate`). With weights in fp8 neither is so: there the compiler makes
-one kernel of the addition, the norm and its rounding, and `kernels.rounded` does the rest.
+one kernel of the addition, the norm and its rounding, and `kernels.rounded` one of what remains
+where vLLM multiplies by CUTLASS with a scale a token.
 
 The columns of x (or of u) are sharded over tensor-parallel ranks as those of a are, so that one
 all-reduce sums both.
@@ -88,8 +89,8 @@ class FusedDecoderLayer(nn.Module):
             # In float16 the product could overflow; what rounds a token's row norms it on the way;
             # on a CPU norm and activation are fast, and what joins them is not.
             late = gates and rank is not None and builder.dtype != torch.float16
-            elsewhere = builder.quant_config is not None or current_platform.is_cpu()
-            self.late_norms.append(late and not elsewhere)
+            cheap = builder.quant_config is not None or current_platform.is_cpu()
+            self.late_norms.append(late and not cheap)
             self.input_sizes.append([sum(part.size for part in parts) for parts in reads])
             self.joined_reads.append(
                 self._join(builder, [part for parts in reads for part in parts], 0, width)
@@ -98,7 +99,8 @@ class FusedDecoderLayer(nn.Module):
 
     def _join(self, builder: LayerBuilder, parts: list[Part], axis: int, other: int) -> nn.Module:
         biased = frozenset(part.name for part in parts if builder.has_bias(part.name))
-        prefix = f"{builder.prefix}.{'joined_writes' if axis else 'joined_reads'}"
+        made = self.joined_writes if axis else self.joined_reads
+        prefix = f"{builder.prefix}.{'joined_writes' if axis else 'joined_reads'}.{len(made)}"
         joined: nn.Module = JoinedLinear(parts, axis, other, biased, builder.quant_config, prefix)
         return joined
 
@@ -157,7 +159,7 @@ class FusedDecoderLayer(nn.Module):
             return moved
         projected = self.joined_reads[index](norm(x))
         inputs = torch.split(projected, self.input_sizes[index], dim=-1)
-        rounds = bool(rank and size) and x.is_cuda and writes.takes_rounded
+        rounds = bool(rank and size) and x.is_cuda and writes.scaled is not None
         if rounds and self.gates[index]:
             q, scale = rounded(inputs[0], inputs[1], _divisor(norm, x), gates=True)
             activated: Tensor = writes.add_rounded_to(x, q, scale)

@@ -87,10 +87,12 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
             weight_loader=self.copy_part,
         )
         self.scaled = scaled_product(self)
-        self.takes_rounded = self.scaled is not None
         if axis == 0 and biased:
             bias = nn.Parameter(torch.zeros(joined, dtype=self.params_dtype), requires_grad=False)
-            set_weight_attrs(bias, {"weight_loader": self.copy_part})
+            # vLLM 0.32 waits for as many elements before it quantises.
+            filled = sum(part.size for part in parts if part.name in biased)
+            loading = {"weight_loader": self.copy_part, "weight_loader_numel": filled}
+            set_weight_attrs(bias, loading)
             self.register_parameter("bias", bias)
         else:
             self.register_parameter("bias", None)
@@ -135,8 +137,9 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
         for part in self.parts:
             if part.name == path:
                 source = tensor.narrow(self.axis, part.start, part.size)
-                if param.dtype == FP8 != tensor.dtype:
-                    self.unrounded[offset] = source
+                if param.dtype == FP8 and tensor.dtype != FP8:
+                    # A loader may use the tensor's memory again.
+                    self.unrounded[offset] = source.clone()
                 else:
                     param.data.narrow(self.axis, offset, part.size).copy_(source)
             offset += part.size

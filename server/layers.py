@@ -1,4 +1,4 @@
-"""Decoder layers of a sliced model quantised otherwise than in fp8, or with LoRA, in vLLM.
+"""Decoder layers of a sliced model with LoRA, or whose quantised linears take no rotations in.
 
 Their linears are vLLM's own, and rotations stand beside them.
 

@@ -79,7 +79,7 @@ class SlicedModel(nn.Module):
             index = int(prefix.rsplit(".", 1)[1])
             start, end = index * step, (index + 1) * step
             around, between = widths[start : end + 1], slicing.ranks[start:end]
-            # Most quantised linears, and those that LoRA wraps, keep to vLLM's own classes.
+            # Other quantised linears, and those that LoRA wraps, keep to vLLM's own classes.
             quant_config = vllm_config.quant_config
             fused = vllm_config.lora_config is None and (
                 quant_config is None or takes_rotations(quant_config, architecture, between, prefix)
@@ -229,14 +229,14 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
         if not self.is_draft:  # the model that it drafts for reports
             weights = reporting(weights, self.stored)
         loaded = set(self._load(weights, found))
-        for module in self.modules():
-            if isinstance(module, JoinedLinear):
-                module.finish_loading()
         problems = compare_shapes(found, self.stored)
         if problems:
             raise ValueError(
                 f"the checkpoint does not hold the tensors its config implies: {problems}"
             )
+        for module in self.modules():
+            if isinstance(module, JoinedLinear):
+                module.finish_loading()
         return loaded
 
     def _load(self, weights: Iterable[tuple[str, Tensor]], found: Shapes) -> Iterator[str]:

@@ -1,10 +1,26 @@
-"""Rotations rounded into matrices in fp8, against float64."""
+"""Rotations rounded into matrices in fp8, against float64, and which of vLLM's take them."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 from torch import Tensor
+from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.config.quantization import QuantizationConfigArgs
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
+from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 
-from sliceserve.server.fp8 import FP8, LARGEST, add_columns, round_rows
+from sliceserve.server.fp8 import FP8, LARGEST, add_columns, round_rows, takes_rotations
+from sliceserve.slicing.architectures import find_architecture
 
 
 def values(rows: int, columns: int, spread: float) -> Tensor:
@@ -55,3 +71,51 @@ def test_rows_of_zeros_take_the_columns_scales() -> None:
     weight, rounded, grown = add_columns(stored, scales, columns)
     assert not weight.float().any()
     assert_nearest(rounded, grown, columns)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """vLLM's process groups, of this process alone."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    model = ModelConfig(str(tiny), dtype="float16", skip_tokenizer_init=True)
+    with set_current_vllm_config(VllmConfig(model_config=model)):
+        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        yield
+    cleanup_dist_env_and_memory()
+
+
+def stored_in(preset: str, strategy: str | None = None) -> CompressedTensorsConfig:
+    """vLLM's config of a checkpoint, with another strategy of its weights if that is given."""
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    if strategy:
+        scheme.weights.strategy = strategy
+    stored = "int-quantized" if preset == "INT8" else "float-quantized"
+    fields = QuantizationConfig(config_groups={"group_0": scheme}, format=stored)
+    return CompressedTensorsConfig.from_config(fields.model_dump(mode="json"))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_rotations_join_what_they_can() -> None:
+    llama, phi = (find_architecture(name) for name in ("LlamaForCausalLM", "PhiForCausalLM"))
+    rows = OnlineQuantizationConfig(QuantizationConfigArgs(linear="fp8_per_channel"))
+    some = QuantizationConfigArgs(linear="fp8_per_channel", ignore=["re:.*o_proj"])
+    blocks = QuantizationConfigArgs(linear="fp8_per_block")
+    found = {
+        name: takes_rotations(config, architecture, ranks, "model.layers.0")
+        for name, config, architecture, ranks in (
+            ("stored", stored_in("FP8_DYNAMIC"), llama, [4, 0]),
+            ("online", rows, llama, [4, 0]),
+            ("online, two written", rows, phi, [4]),
+            ("stored, two written", stored_in("FP8_DYNAMIC"), phi, [4]),
+            ("whole", rows, llama, [4, None]),
+            ("int8", stored_in("INT8"), llama, [4, 4]),
+            ("a scale a matrix", stored_in("FP8_DYNAMIC", "tensor"), llama, [4, 4]),
+            ("a scale a token before", stored_in("FP8"), llama, [4, 4]),
+            ("some ignored", OnlineQuantizationConfig(some), llama, [4, 4]),
+            ("blocks", OnlineQuantizationConfig(blocks), llama, [4, 4]),
+        )
+    }
+    assert [name for name, joined in found.items() if joined] == [
+        "stored", "online", "online, two written",
+    ]  # fmt: skip
