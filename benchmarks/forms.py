@@ -266,7 +266,7 @@ def main() -> int:
         "--quantization",
         nargs="+",
         default=["none"],
-        help="of the linears, by vLLM while it loads: none, fp8",
+        help="of the linears, by vLLM while it loads: none, fp8_per_channel, …",
     )
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--pipeline-parallel", type=int, default=1)

@@ -43,7 +43,9 @@ def kernel_times(llm: Any, prompts: int, length: int, output: int) -> tuple[Coun
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("directory", metavar="DIR")
-    parser.add_argument("--quantization", help="of the linears, by vLLM while it loads, as fp8")
+    parser.add_argument(
+        "--quantization", help="of the linears, by vLLM while it loads: fp8_per_channel"
+    )
     options = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the profiler sees this process only
     from vllm import LLM

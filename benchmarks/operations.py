@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from cuda_graph import seconds
-from shapes import SHAPES
+from shapes import GATED, SHAPES
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
@@ -23,7 +23,6 @@ from sliceserve.slicing.rotations import default_rank
 from sliceserve.slicing.shape import sliced_width
 
 EPS = 1e-5
-GATED = [name for name, shape in SHAPES.items() if shape["model_type"] == "llama"]
 CALLS, REPLAYS = 8, 10
 
 

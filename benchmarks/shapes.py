@@ -54,6 +54,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "narrow": LLAMA
     | {"hidden_size": 1024, "intermediate_size": 8192, "layers": 24, "num_key_value_heads": 8},
 }
+GATED = [name for name, shape in SHAPES.items() if shape["model_type"] == "llama"]
 HEAD_SIZE = 128  # where a shape does not say how many heads there are
 
 
@@ -63,8 +64,8 @@ def dense_config(name: str, layers: int | None = None) -> PretrainedConfig:
     Positions are 4096 everywhere, more than some of these models have.
     """
     fields = {"num_attention_heads": SHAPES[name]["hidden_size"] // HEAD_SIZE} | SHAPES[name]
-    fields["num_hidden_layers"] = layers or fields.pop("layers")
-    fields.pop("layers", None)
+    own = fields.pop("layers")
+    fields["num_hidden_layers"] = layers or own
     config: PretrainedConfig = AutoConfig.for_model(**fields, dtype="bfloat16")
     return config
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from cuda_graph import seconds as graph_seconds
-from shapes import SHAPES, dense_config
+from shapes import GATED, dense_config
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -39,7 +39,7 @@ def seconds(width: int, tokens: int, config: Any) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("shape", choices=[name for name in SHAPES if name.startswith("llama")])
+    parser.add_argument("shape", choices=GATED)
     parser.add_argument("--around", type=int, required=True)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 64, 512, 8192])
     options = parser.parse_args()

@@ -8,16 +8,14 @@ own, unless the two lie further apart than that.
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationStrategy
 from torch import Tensor
 from vllm import envs
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.platforms import current_platform
 
+from sliceserve.kernels.rounded import FP8, LARGEST
 from sliceserve.slicing.architectures import Architecture
 
-FP8 = torch.float8_e4m3fn
-LARGEST = torch.finfo(FP8).max
 # Of vLLM: weights that are quantised while they load, with a scale for all of them or one a row.
 ONLINE = ("Fp8PerTensorOnlineLinearMethod", "Fp8PtpcOnlineLinearMethod")
 STORED = "CompressedTensorsW8A8Fp8"
@@ -54,7 +52,7 @@ def takes_rotations(
         return False
     # Of a product that sums several matrices each was given scales of its own.
     single = all(len(sublayer.writes) == 1 for sublayer in architecture.sublayers)
-    return single and scheme.strategy == QuantizationStrategy.CHANNEL
+    return single and scheme.strategy == "channel"
 
 
 def scaled_product(linear: Any) -> Any:

@@ -18,7 +18,8 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.utils import set_weight_attrs
 
 from sliceserve.kernels.accumulate import accumulate
-from sliceserve.server.fp8 import FP8, add_columns, round_rows, scaled_product
+from sliceserve.kernels.rounded import FP8
+from sliceserve.server.fp8 import add_columns, round_rows, scaled_product
 
 ALIGNMENT = 16  # elements; a shard of a rotation starts at a multiple: 16 bytes of fp8
 
