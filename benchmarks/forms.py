@@ -6,12 +6,14 @@
 
 Every row runs in a process of its own and is kept in OUT/rows.jsonl, so that a run that was stopped
 goes on where it was; the table comes last. `--fewer N` adds the sliced models on N GPUs; `--gpus`
-says how many this machine has: rows that need fewer run beside each other.
+says how many this machine has: rows that need fewer run beside each other. `--quantization` takes
+what vLLM quantises by while it loads (fp8_per_channel, …) and what `sliceserve quantize` stores.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +24,10 @@ from typing import Any
 from make_shape import ROTATIONS, write_dense_shape, write_sliced_shape
 from shapes import SHAPES
 from tqdm import tqdm
+
+from sliceserve.slicing.checkpoint import read_sliced_config
+from sliceserve.slicing.packing import Packer
+from sliceserve.slicing.quantised import SCHEMES
 
 MARK = "ROW "
 INPUT, STEPS = 128, 128
@@ -51,6 +57,7 @@ class Row:
     tensor_parallel: int
     pipeline_parallel: int
     quantization: str | None = None
+    stored: bool = False
 
     @property
     def gpus(self) -> int:
@@ -69,7 +76,7 @@ class Row:
 
 
 def measure(row: dict[str, Any], utilization: float, full: bool) -> dict[str, Any]:
-    """Measure a model, best of three runs (throughput: one), on the GPUs that this process sees."""
+    """Measure a model, best of three runs, on the GPUs that this process sees."""
     from vllm import LLM, SamplingParams
 
     start = time.perf_counter()
@@ -121,7 +128,7 @@ def measure(row: dict[str, Any], utilization: float, full: bool) -> dict[str, An
         result[f"batch_{batch}"] = took / STEPS * 1e3
     result["prefill"] = 16 * 2048 / seconds(16, 2048, 1)
     if full:
-        result["throughput"] = 256 * 256 / seconds(256, INPUT, 256, 1)
+        result["throughput"] = 256 * 256 / seconds(256, INPUT, 256)
     return result
 
 
@@ -144,8 +151,25 @@ def plan(options: argparse.Namespace) -> list[Row]:
             rows += [
                 replace(row, tensor_parallel=options.fewer, pipeline_parallel=1) for row in few
             ]
-    return [replace(row, quantization=None if quantization == "none" else quantization)
-            for quantization in options.quantization for row in rows]  # fmt: skip
+    return [
+        quantised(row, name, rows[-1].directory) for name in options.quantization for row in rows
+    ]
+
+
+def quantised(row: Row, quantization: str, sliced: Path) -> Row:
+    """Return the row with its linears quantised; `sliced` is a directory to describe them by."""
+    if quantization == "none":
+        return row
+    stored = quantization in SCHEMES
+    directory = row.directory
+    if stored:
+        directory = directory.with_name(f"{directory.name}-{quantization}")
+        shutil.copytree(row.directory, directory, dirs_exist_ok=True)
+        file = directory / "config.json"
+        fields = Packer(SCHEMES[quantization]).fields(read_sliced_config(sliced))
+        config = json.loads(file.read_text()) | {"quantization_config": fields}
+        file.write_text(json.dumps(config, indent=2) + "\n")
+    return replace(row, quantization=quantization, stored=stored, directory=directory)
 
 
 def run_rows(rows: list[Row], options: argparse.Namespace) -> dict[str, Any]:
@@ -209,7 +233,7 @@ def start_row(row: Row, gpus: list[int], options: argparse.Namespace) -> "subpro
         "directory": str(row.directory),
         "tensor_parallel": row.tensor_parallel,
         "pipeline_parallel": row.pipeline_parallel,
-        "quantization": row.quantization,
+        "quantization": None if row.stored else row.quantization,
     }
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, sorted(gpus)))}
     if row.gpus == 1:
@@ -266,7 +290,7 @@ def main() -> int:
         "--quantization",
         nargs="+",
         default=["none"],
-        help="of the linears, by vLLM while it loads: none, fp8_per_channel, …",
+        help=f"of the linears: none, what vLLM makes while it loads, or {', '.join(SCHEMES)}",
     )
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--pipeline-parallel", type=int, default=1)

@@ -22,8 +22,9 @@ try:
 except ImportError:
     triton = None
 
-# Up to so many tokens: columns of a program, and its warps. Chosen on an H100 for width 3072.
-BLOCKS = ((8, 512, 4), (128, 2048, 8), (1024, 4096, 8), (1 << 62, 8192, 8))
+# Up to so many tokens: columns of a step, warps, and programs a token, between which its steps are
+# divided. Chosen on an H100: many tokens keep it busy with one each, which reads x once.
+BLOCKS = ((8, 512, 4, 64), (128, 2048, 8, 64), (512, 2048, 8, 4), (1 << 62, 4096, 16, 1))
 
 
 def reference(x: Tensor, projected: Tensor, rank: int, eps: float) -> Tensor:
@@ -39,22 +40,24 @@ if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _gated(  # type: ignore[no-untyped-def]
-        x_ptr, p_ptr, y_ptr, width, inner, rank, eps, x_stride, p_stride,
+        x_ptr, p_ptr, y_ptr, width, inner, rank, eps, x_stride, p_stride, steps,
         stream_block: tl.constexpr, block: tl.constexpr,
     ):  # fmt: skip
         token = tl.program_id(0).to(tl.int64)
-        column = tl.program_id(1) * block + tl.arange(0, block)
-        inside, active = column < inner + rank, column < inner
-        gate = tl.load(p_ptr + token * p_stride + column, mask=active, other=0.0).to(tl.float32)
-        # What stands `inner` further on is the up half and, after that, u.
-        other = tl.load(p_ptr + token * p_stride + inner + column, mask=inside, other=0.0)
         k = tl.arange(0, stream_block)
         x = tl.load(x_ptr + token * x_stride + k, mask=k < width, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(x * x) / width + eps)
-        gate = gate * scale
-        product = gate / (1 + tl.exp(-gate)) * (other.to(tl.float32) * scale)
-        y = tl.where(active, product.to(y_ptr.dtype.element_ty), other)
-        tl.store(y_ptr + token * (inner + rank) + column, y, mask=inside)
+        first = tl.program_id(1) * steps
+        for step in range(first, first + steps):
+            column = step * block + tl.arange(0, block)
+            inside, active = column < inner + rank, column < inner
+            gate = tl.load(p_ptr + token * p_stride + column, mask=active, other=0.0)
+            # What stands `inner` further on is the up half and, after that, u.
+            other = tl.load(p_ptr + token * p_stride + inner + column, mask=inside, other=0.0)
+            wide = gate.to(tl.float32) * scale
+            product = wide / (1 + tl.exp(-wide)) * (other.to(tl.float32) * scale)
+            y = tl.where(active, product.to(y_ptr.dtype.element_ty), other)
+            tl.store(y_ptr + token * (inner + rank) + column, y, mask=inside)
 
 
 def launch(x: Tensor, projected: Tensor, rank: int, eps: float) -> Tensor:
@@ -62,11 +65,12 @@ def launch(x: Tensor, projected: Tensor, rank: int, eps: float) -> Tensor:
     tokens, columns = projected.shape
     inner = (columns - rank) // 2
     y = x.new_empty(tokens, inner + rank)
-    block, warps = next((block, warps) for most, block, warps in BLOCKS if tokens <= most)
-    grid = (tokens, triton.cdiv(inner + rank, block))
-    kernel: Any = _gated[grid]
+    block, warps, programs = next(rest for most, *rest in BLOCKS if tokens <= most)
+    blocks = triton.cdiv(inner + rank, block)
+    steps = triton.cdiv(blocks, programs)
+    kernel: Any = _gated[tokens, triton.cdiv(blocks, steps)]
     kernel(
-        x, projected, y, x.shape[1], inner, rank, eps, x.stride(0), projected.stride(0),
+        x, projected, y, x.shape[1], inner, rank, eps, x.stride(0), projected.stride(0), steps,
         stream_block=triton.next_power_of_2(x.shape[1]), block=block, num_warps=warps,
     )  # fmt: skip
     return y

@@ -14,7 +14,8 @@ one kernel of the addition, the norm and its rounding, and `kernels.rounded` one
 where vLLM multiplies by CUTLASS with a scale a token.
 
 The columns of x (or of u) are sharded over tensor-parallel ranks as those of a are, so that one
-all-reduce sums both.
+all-reduce sums both. Where it can, attention writes into the matrix [a ‖ ·] itself
+(`server.roomy`).
 """
 
 from typing import Any
@@ -34,6 +35,7 @@ from sliceserve.kernels.gated import gated
 from sliceserve.kernels.rounded import rounded
 from sliceserve.server.joined import JoinedLinear, Part, shard
 from sliceserve.server.layers import LayerBuilder, Shapes, add_module, sliced_norm
+from sliceserve.server.roomy import RoomyAttention, can_make_room
 from sliceserve.slicing.architectures import Architecture, Sublayer
 from sliceserve.slicing.modeling import ROTATION
 
@@ -70,6 +72,7 @@ class FusedDecoderLayer(nn.Module):
         self.joined_reads, self.joined_writes = nn.ModuleList(), nn.ModuleList()
         self.input_sizes: list[list[int]] = []
         self.own_columns: list[tuple[int, int]] = []
+        self.joins: list[bool] = []
         for index, (sublayer, rank) in enumerate(zip(architecture.sublayers, ranks, strict=True)):
             width, next_width = widths[index : index + 2]
             add_module(self, sublayer.norm, sliced_norm(width, config.hidden_size, eps))
@@ -84,6 +87,8 @@ class FusedDecoderLayer(nn.Module):
             elif rank:
                 reads.append([Part(f"{rotation}.down", start, size)])
                 writes.append(Part(f"{rotation}.up", start, size))
+            room = sum(part.size for part in writes[1:])
+            self.joins.append(not self._make_room(vllm_config, sublayer, room))
             gates = self._is_gated_mlp(builder, sublayer)
             self.gates.append(gates)
             # In float16 the product could overflow; what rounds a token's row norms it on the way;
@@ -130,6 +135,17 @@ class FusedDecoderLayer(nn.Module):
             for name, first in zip(reads * (3 - len(reads)), starts, strict=True)
         ]
         return halves, Part(write, start, size)
+
+    def _make_room(self, vllm_config: VllmConfig, sublayer: Sublayer, room: int) -> bool:
+        """Have attention leave room for what is joined with its output; return whether it does."""
+        path = self.architecture.attention
+        if not room or vllm_config.quant_config is not None or sublayer.branches[0] != (path,):
+            return False
+        module: Any = self.get_submodule(path)
+        if can_make_room(module.attn, room, vllm_config):
+            module.attn = RoomyAttention(module.attn, room)
+            return True
+        return False
 
     def _is_gated_mlp(self, builder: LayerBuilder, sublayer: Sublayer) -> bool:
         """Whether a sublayer is one MLP that computes silu(gate)·up, without biases."""
@@ -182,7 +198,7 @@ class FusedDecoderLayer(nn.Module):
             return added
         if beside is not None:
             outputs.append(beside)
-        joined = torch.cat(outputs, dim=-1)
+        joined = torch.cat(outputs, dim=-1) if self.joins[index] else _filled(*outputs)
         written: Tensor = writes.summed(joined) if rank is None else writes.add_to(x, joined)
         return written
 
@@ -193,6 +209,15 @@ class FusedDecoderLayer(nn.Module):
         for path in branch[1:-1] or branch:
             y = self.get_submodule(path)(y)
         return y
+
+
+def _filled(joined: Tensor, *others: Tensor) -> Tensor:
+    """Write the others, one after the other, into the last columns of a matrix; return it."""
+    start = joined.shape[-1] - sum(other.shape[-1] for other in others)
+    for other in others:
+        joined[..., start : start + other.shape[-1]] = other
+        start += other.shape[-1]
+    return joined
 
 
 def _divisor(norm: Any, x: Tensor) -> Tensor:
