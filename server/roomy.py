@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import _encode_layer_name
 
-from sliceserve.server.joined import ALIGNMENT
-
+STORED_AT_ONCE = 16  # bytes
 WRITES_APART = ("FLASH_ATTN",)  # backends whose rows need not follow each other
 
 
@@ -56,7 +55,7 @@ def can_make_room(attention: Any, room: int, vllm_config: VllmConfig) -> bool:
     """Whether vLLM runs a layer as `RoomyAttention` does, and writes rows that lie apart right.
 
     Cascade attention and contexts that are spread over GPUs end in a kernel that takes rows to lie
-    one after the other; the others store 16 bytes at a time.
+    one after the other.
 
     Args:
         attention: vLLM's layer.
@@ -65,7 +64,7 @@ def can_make_room(attention: Any, room: int, vllm_config: VllmConfig) -> bool:
 
     """
     return (
-        room % ALIGNMENT == 0
+        room * vllm_config.model_config.dtype.itemsize % STORED_AT_ONCE == 0
         and attention.attn_backend.get_name() in WRITES_APART
         and not attention.attn_backend.forward_includes_kv_cache_update
         and not attention.use_direct_call

@@ -1,0 +1,78 @@
+"""Servers that run while they are measured, and what `vllm bench serve` says of them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+VLLM = [sys.executable, str(Path(__file__).with_name("vllm_cli.py"))]
+SLICESERVE = [sys.executable, "-m", "sliceserve.slicing.cli"]
+NAME, KEY = "served", "measured"
+WAIT_S = 300
+
+
+@contextmanager
+def served(command: list[str], health: str) -> Iterator[str]:
+    """Run a server until the end of the block; gives its URL once it answers."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    environment = os.environ | {"SLICESERVE_API_KEY": KEY, "VLLM_API_KEY": KEY}
+    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(
+            [*command, "--port", port, "--served-model-name", NAME],
+            env=environment, stdout=log, stderr=subprocess.STDOUT,
+        ) as process,
+    ):  # fmt: skip
+        try:
+            end = time.monotonic() + WAIT_S
+            while not answers(f"http://127.0.0.1:{port}{health}"):
+                if process.poll() is not None or time.monotonic() > end:
+                    log.seek(0)
+                    sys.exit(f"{log.read()[-3000:]}\n{' '.join(command)} did not start")
+                time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+def answers(url: str) -> bool:
+    """Whether there is a 200."""
+    try:
+        return httpx.get(url, timeout=60).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
+def bench(
+    url: str, directory: Path, at_once: int, requests: int, lengths: tuple[int, int]
+) -> dict[str, Any]:
+    """Return what `vllm bench serve` measures; lengths are tokens in and out."""
+    with tempfile.TemporaryDirectory() as work:
+        command = [
+            *VLLM, "bench", "serve", "--backend", "openai", "--base-url", url,
+            "--model", NAME, "--tokenizer", str(directory), "--dataset-name", "random",
+            "--random-input-len", str(lengths[0]), "--random-output-len", str(lengths[1]),
+            "--ignore-eos", "--num-prompts", str(requests), "--max-concurrency", str(at_once),
+            "--num-warmups", str(at_once),
+            "--percentile-metrics", "ttft,itl,e2el", "--save-result", "--result-dir", work,
+            "--result-filename", "result.json", "--disable-tqdm",
+        ]  # fmt: skip
+        environment = os.environ | {"OPENAI_API_KEY": KEY}
+        run = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+        if run.returncode:
+            sys.exit(f"{run.stderr[-3000:]}\nvllm bench serve failed")
+        result: dict[str, Any] = json.loads((Path(work) / "result.json").read_text())
+    if result["completed"] != requests:
+        sys.exit(f"{requests - result['completed']} of {requests} requests failed")
+    return result
