@@ -21,7 +21,9 @@ LENGTHS = 64, 32
 FIGURES = (
     ("latency, ms", "median_e2el_ms", 1),
     ("TTFT, ms", "median_ttft_ms", 1),
+    ("CPU of the API's process, ms a request", "cpu_ms", 1),
     ("requests/s, 64 at a time", "request_throughput", 64),
+    ("CPU of the API's process, ms a request, 64 at a time", "cpu_ms", 64),
 )
 
 
@@ -45,12 +47,14 @@ def main() -> int:
     }
     found: dict[tuple[str, str], list[float]] = {}
     with ExitStack() as running, tqdm(total=2 * 2 * (options.rounds + 1), unit="run") as bar:
-        urls = {name: running.enter_context(served(*command)) for name, command in commands.items()}
+        servers = {
+            name: running.enter_context(served(*command)) for name, command in commands.items()
+        }
         for number in range(options.rounds + 1):
-            for server in list(urls)[:: 1 if number % 2 else -1]:
+            for server in list(servers)[:: 1 if number % 2 else -1]:
                 for at_once in sorted({at_once for *_, at_once in FIGURES}):
                     result = bench(
-                        urls[server], options.directory, at_once, options.requests, LENGTHS
+                        servers[server], options.directory, at_once, options.requests, LENGTHS
                     )
                     bar.update()
                     for figure, key, of in FIGURES:

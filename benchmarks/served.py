@@ -57,16 +57,16 @@ def gaps(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
     return logits.max(-1).values - logits[range(len(answer)), answer]
 
 
-def measure(directory: Path, health: str, server: list[str], options: Any) -> list[str]:
+def measure(directory: Path, health: str, command: list[str], options: Any) -> list[str]:
     """Return a row of the table."""
     prompts = pieces(directory, options.prompts, options.input)
     cells = []
-    with served([*server, "serve", str(directory), *options.options], health) as url:
-        client = OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
+    with served([*command, "serve", str(directory), *options.options], health) as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
         answers = [complete(client, prompt, options.output) for prompt in prompts]
         for at_once in options.at_once:
             lengths = (options.input, options.output)
-            result = bench(url, directory, at_once, options.requests * at_once, lengths)
+            result = bench(server, directory, at_once, options.requests * at_once, lengths)
             cells += [f"{result[key]:.2f}" for key in FIGURES.values()]
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     below = torch.cat([gaps(model, *pair) for pair in zip(prompts, answers, strict=True)])

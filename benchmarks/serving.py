@@ -9,10 +9,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 VLLM = [sys.executable, str(Path(__file__).with_name("vllm_cli.py"))]
 SLICESERVE = [sys.executable, "-m", "sliceserve.slicing.cli"]
@@ -20,9 +22,22 @@ NAME, KEY = "served", "measured"
 WAIT_S = 300
 
 
+@dataclass(frozen=True)
+class Server:
+    """One that runs: where it answers, and the process of its API."""
+
+    url: str
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time of the API's process so far; engines are processes of their own."""
+        times = psutil.Process(self.pid).cpu_times()
+        return float(times.user + times.system)
+
+
 @contextmanager
-def served(command: list[str], health: str) -> Iterator[str]:
-    """Run a server until the end of the block; gives its URL once it answers."""
+def served(command: list[str], health: str) -> Iterator[Server]:
+    """Run a server until the end of the block; gives it once it answers."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
     environment = os.environ | {"SLICESERVE_API_KEY": KEY, "VLLM_API_KEY": KEY}
@@ -41,7 +56,7 @@ def served(command: list[str], health: str) -> Iterator[str]:
                     log.seek(0)
                     sys.exit(f"{log.read()[-3000:]}\n{' '.join(command)} did not start")
                 time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}"
+            yield Server(f"http://127.0.0.1:{port}", process.pid)
         finally:
             process.terminate()
 
@@ -55,12 +70,22 @@ def answers(url: str) -> bool:
 
 
 def bench(
-    url: str, directory: Path, at_once: int, requests: int, lengths: tuple[int, int]
+    server: Server, directory: Path, at_once: int, requests: int, lengths: tuple[int, int]
 ) -> dict[str, Any]:
-    """Return what `vllm bench serve` measures; lengths are tokens in and out."""
+    """Return what `vllm bench serve` measures, and `cpu_ms` of the API's process for a request.
+
+    Args:
+        server: to ask.
+        directory: of the tokenizer.
+        at_once: requests at a time.
+        requests: in all, after as many as `at_once` that are not measured.
+        lengths: tokens in and out.
+
+    """
+    before = server.cpu_seconds()
     with tempfile.TemporaryDirectory() as work:
         command = [
-            *VLLM, "bench", "serve", "--backend", "openai", "--base-url", url,
+            *VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.url,
             "--model", NAME, "--tokenizer", str(directory), "--dataset-name", "random",
             "--random-input-len", str(lengths[0]), "--random-output-len", str(lengths[1]),
             "--ignore-eos", "--num-prompts", str(requests), "--max-concurrency", str(at_once),
@@ -75,4 +100,4 @@ def bench(
         result: dict[str, Any] = json.loads((Path(work) / "result.json").read_text())
     if result["completed"] != requests:
         sys.exit(f"{requests - result['completed']} of {requests} requests failed")
-    return result
+    return result | {"cpu_ms": (server.cpu_seconds() - before) / (requests + at_once) * 1e3}

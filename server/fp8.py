@@ -23,31 +23,24 @@ NATIVE = 89  # the compute capability from which GPUs multiply fp8
 SCALED = "CutlassFP8ScaledMMLinearKernel"  # takes what is rounded already, with a scale a token
 
 
-def takes_rotations(
-    quant_config: Any, architecture: Architecture, ranks: list[int | None], prefix: str
-) -> bool:
-    """Whether linears quantised so can have a layer's rotations as more of their rows and columns.
+def takes_fp8_rotations(linear: LinearBase, quant_config: Any, architecture: Architecture) -> bool:
+    """Whether a linear in fp8 can have rotations as more rows and columns.
 
-    Whole rotations do not bear eight bits. GPUs without fp8 run something that has sizes of its
-    own.
+    GPUs without fp8 run something that has sizes of its own.
 
     Args:
+        linear: of a layer, to look at.
         quant_config: of vLLM.
         architecture: of the layer.
-        ranks: of the layer's rotations.
-        prefix: the layer's path.
 
     """
-    if None in ranks or not (
-        current_platform.is_cpu() or current_platform.has_device_capability(NATIVE)
-    ):
+    if not (current_platform.is_cpu() or current_platform.has_device_capability(NATIVE)):
         return False
-    probe = LinearBase(16, 16, quant_config=quant_config, prefix=f"{prefix}.joined_reads.0")
-    if type(probe.quant_method).__name__ in ONLINE:
+    if type(linear.quant_method).__name__ in ONLINE:
         # A layer that is to stay as it is would not be known by its name when joined.
         chosen = getattr(quant_config, "args", None)
         return not quant_config.ignored_layers and getattr(chosen, "targets", None) is None
-    scheme: Any = getattr(probe, "scheme", None)
+    scheme: Any = getattr(linear, "scheme", None)
     if type(scheme).__name__ != STORED or scheme.is_static_input_scheme:
         return False
     # Of a product that sums several matrices each was given scales of its own.

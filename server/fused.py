@@ -9,7 +9,7 @@ With h = norm(x), a the branches' outputs and [a ‖ b] a concatenation, a subla
 
 On a GPU the division by ρ of a gated MLP waits until after the product that reads
 (`kernels.gated`): there u = x·A is what the rotation goes on with. What is added to x is added
-where x lies (`kernels.accumulate`). With weights in fp8 neither is so: there the compiler makes
+where x lies (`kernels.accumulate`). With quantised weights neither is so. In fp8 the compiler makes
 one kernel of the addition, the norm and its rounding, and `kernels.rounded` one of what remains
 where vLLM multiplies by CUTLASS with a scale a token.
 
@@ -35,7 +35,9 @@ from sliceserve.kernels.gated import gated
 from sliceserve.kernels.rounded import rounded
 from sliceserve.server.joined import JoinedLinear, Part, shard
 from sliceserve.server.layers import LayerBuilder, Shapes, add_module, sliced_norm
+from sliceserve.server.packed import group_size, padding
 from sliceserve.server.roomy import RoomyAttention, can_make_room
+from sliceserve.server.taking import probe_linear
 from sliceserve.slicing.architectures import Architecture, Sublayer
 from sliceserve.slicing.modeling import ROTATION
 
@@ -73,6 +75,7 @@ class FusedDecoderLayer(nn.Module):
         self.input_sizes: list[list[int]] = []
         self.own_columns: list[tuple[int, int]] = []
         self.joins: list[bool] = []
+        packs = group_size(probe_linear(builder.quant_config, prefix)) is not None
         for index, (sublayer, rank) in enumerate(zip(architecture.sublayers, ranks, strict=True)):
             width, next_width = widths[index : index + 2]
             add_module(self, sublayer.norm, sliced_norm(width, config.hidden_size, eps))
@@ -85,9 +88,10 @@ class FusedDecoderLayer(nn.Module):
             if rank is None:
                 writes.append(Part(rotation, start, size))
             elif rank:
-                reads.append([Part(f"{rotation}.down", start, size)])
-                writes.append(Part(f"{rotation}.up", start, size))
-            room = sum(part.size for part in writes[1:])
+                zeros = padding(size) if packs else 0
+                reads.append([Part(f"{rotation}.down", start, size, zeros)])
+                writes.append(Part(f"{rotation}.up", start, size, zeros))
+            room = sum(part.span for part in writes[1:])
             self.joins.append(not self._make_room(vllm_config, sublayer, room))
             gates = self._is_gated_mlp(builder, sublayer)
             self.gates.append(gates)
@@ -96,7 +100,7 @@ class FusedDecoderLayer(nn.Module):
             late = gates and rank is not None and builder.dtype != torch.float16
             cheap = builder.quant_config is not None or current_platform.is_cpu()
             self.late_norms.append(late and not cheap)
-            self.input_sizes.append([sum(part.size for part in parts) for parts in reads])
+            self.input_sizes.append([sum(part.span for part in parts) for parts in reads])
             self.joined_reads.append(
                 self._join(builder, [part for parts in reads for part in parts], 0, width)
             )
@@ -206,6 +210,8 @@ class FusedDecoderLayer(nn.Module):
         if branch == (self.architecture.attention,):
             result: Tensor = self.get_submodule(branch[0])(positions=positions, hidden_states=y)
             return result
+        # Not all of vLLM's activations heed that rows of a product of several matrices lie apart.
+        y = y.contiguous()
         for path in branch[1:-1] or branch:
             y = self.get_submodule(path)(y)
         return y

@@ -2,7 +2,8 @@
 
 Matrices that read the same input are stacked by rows, those whose outputs are summed side by side
 by columns. So a rotation costs no product of its own: its factors are more rows, or columns, of
-the products that a layer runs anyway. The matrix may be in fp8 (`sliceserve.server.fp8`).
+the products that a layer runs anyway. The matrix may be in fp8 (`sliceserve.server.fp8`) or of
+four bits (`sliceserve.server.packed`).
 """
 
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from sliceserve.kernels.accumulate import accumulate
 from sliceserve.kernels.rounded import FP8
 from sliceserve.server.fp8 import add_columns, round_rows, scaled_product
+from sliceserve.server.packed import PACKED, group_size, pack_padded
 
 ALIGNMENT = 16  # elements; a shard of a rotation starts at a multiple: 16 bytes of fp8
 
@@ -31,12 +33,19 @@ class Part(NamedTuple):
         name: of the matrix, relative to the layer and without `.weight`.
         start: its first row (or column).
         size: how many.
+        zeros: that follow them, in the joined matrix only.
 
     """
 
     name: str
     start: int
     size: int
+    zeros: int = 0
+
+    @property
+    def span(self) -> int:
+        """How many rows or columns of the joined matrix are the part's."""
+        return self.size + self.zeros
 
 
 def shard(length: int) -> tuple[int, int]:
@@ -70,7 +79,7 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
             prefix: the module's path.
 
         """
-        joined = sum(part.size for part in parts)
+        joined = sum(part.span for part in parts)
         sizes = (joined, other) if axis == 0 else (other, joined)
         super().__init__(
             input_size=sizes[1], output_size=sizes[0], quant_config=quant_config, prefix=prefix
@@ -88,6 +97,7 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
             weight_loader=self.copy_part,
         )
         self.scaled = scaled_product(self)
+        self.group = group_size(self)
         if axis == 0 and biased:
             bias = nn.Parameter(torch.zeros(joined, dtype=self.params_dtype), requires_grad=False)
             # vLLM 0.32 waits for as many elements before it quantises.
@@ -120,6 +130,12 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
             key = path.replace(".", "/")
             self.summed_biases[key].data.copy_(tensor)
             return f"summed_biases.{key}"
+        if kind == "weight_shape":
+            self.weight_shape.data.copy_(torch.tensor([self.output_size, self.input_size]))
+            return kind
+        if kind == "weight" and self.group is not None:
+            self._pack(path, tensor, self.group)
+            return "weight_packed"
         # vLLM wraps the loader of a matrix that it quantises when all of it has come.
         parameter: Any = getattr(self, kind)
         parameter.weight_loader(parameter, tensor, name)
@@ -129,21 +145,49 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
         """Copy this rank's part of a tensor into a parameter; the others are arguments of `load`.
 
         vLLM calls it, and goes by the name of the first argument.
+
+        Raises:
+            ValueError: the rank's part of four-bit weights is not of whole groups.
+
         """
         path, _, kind = name.rpartition(".")
-        if kind == "weight_scale" and self.axis == 1:
+        if kind == "weight_scale" and self.axis == 1 and self.group is None:
             param.data.copy_(tensor)
             return
-        offset = 0
+        offset, unit = 0, self._unit(kind)
         for part in self.parts:
             if part.name == path:
-                source = tensor.narrow(self.axis, part.start, part.size)
+                if part.start % unit or part.size % unit:
+                    raise ValueError(
+                        f"tensor parallelism gives a rank {part.size} inputs of {path} from "
+                        f"{part.start}: parts of groups of {self.group}"
+                    )
+                source = tensor.narrow(self.axis, part.start // unit, part.size // unit)
                 if param.dtype == FP8 and tensor.dtype != FP8:
                     # A loader may use the tensor's memory again.
                     self.unrounded[offset] = source.clone()
                 else:
-                    param.data.narrow(self.axis, offset, part.size).copy_(source)
-            offset += part.size
+                    place = param.data.narrow(self.axis, offset // unit, part.size // unit)
+                    place.copy_(source)
+            offset += part.span
+
+    def _unit(self, kind: str) -> int:
+        """Return how many of the axis that is joined are one element of a parameter."""
+        if self.axis == 0 or self.group is None:
+            return 1
+        return {"weight_packed": PACKED, "weight_scale": self.group}[kind]
+
+    def _pack(self, path: str, tensor: Tensor, group: int) -> None:
+        """Round this rank's part of a matrix that came as it was, a rotation, to four bits."""
+        offset = 0
+        for part in self.parts:
+            if part.name == path and part.size:
+                shard = tensor.narrow(self.axis, part.start, part.size).to(self.params_dtype)
+                packed = pack_padded(shard, self.axis, part.zeros, group)
+                for kind, source in packed.items():
+                    length, start = source.shape[self.axis], offset // self._unit(kind)
+                    getattr(self, kind).data.narrow(self.axis, start, length).copy_(source)
+            offset += part.span
 
     def finish_loading(self) -> None:
         """Round what came unrounded into a matrix that was stored in fp8: rotations."""

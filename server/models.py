@@ -23,13 +23,14 @@ from vllm.model_executor.models.utils import (
     make_layers,
     maybe_prefix,
 )
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from sliceserve.server.fp8 import takes_rotations
 from sliceserve.server.fused import FusedDecoderLayer
 from sliceserve.server.joined import JoinedLinear
 from sliceserve.server.layers import Shapes, SlicedDecoderLayer, plain_linear, sliced_norm
 from sliceserve.server.progress import reporting
+from sliceserve.server.taking import takes_rotations
 from sliceserve.slicing.architectures import find_architecture
 from sliceserve.slicing.modeling import expected_shapes
 from sliceserve.slicing.quantised import Scheme, quantised_scheme, stored_shapes
@@ -41,6 +42,7 @@ RENAMED = {
     ".self_attn.dense.": ".self_attn.o_proj.",
     ".self_attn.out_proj.": ".self_attn.o_proj.",
 }
+STORED_WEIGHT = ("weight_packed", "weight_scale", "weight_shape")
 STACKED: dict[str, tuple[str, str | int]] = {
     ".q_proj.": (".qkv_proj.", "q"),
     ".k_proj.": (".qkv_proj.", "k"),
@@ -150,7 +152,7 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
 
         Raises:
             ValueError: prompt embeddings are enabled (a sliced stream has no dense hidden_size), or
-                the dtype is one that the weights cannot be multiplied in.
+                the weights cannot be multiplied in the dtype, or on this CPU.
 
         """
         super().__init__()
@@ -161,7 +163,10 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
                 "dense hidden_size do not fit its residual stream"
             )
         config = model_config.hf_config
-        check_dtype(quantised_scheme(config), model_config.dtype)
+        scheme = quantised_scheme(config)
+        check_dtype(scheme, model_config.dtype)
+        if current_platform.is_cpu():
+            check_kernels(scheme, torch.ops._C)
         self.config = config
         self.shapes, self.stored = expected_shapes(config), stored_shapes(config)
         # A matrix that is one in the checkpoint too has one adapter.
@@ -267,7 +272,7 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
             if isinstance(module, JoinedLinear):
                 layer = path.rsplit(".joined_", 1)[0]
                 for part in module.parts:
-                    for kind in ("weight", "weight_scale", "bias"):
+                    for kind in ("bias", "weight", *STORED_WEIGHT):
                         name = f"{part.name}.{kind}"
                         found[rename(f"{layer}.{name}")] = (path, module, name)
         return found
@@ -284,6 +289,24 @@ def check_dtype(scheme: Scheme | None, dtype: torch.dtype) -> None:
         raise ValueError(
             f"--dtype {str(dtype).removeprefix('torch.')} cannot be used with {scheme}: vLLM "
             "multiplies such weights in bfloat16 and float16 only"
+        )
+
+
+def check_kernels(scheme: Scheme | None, kernels: Any) -> None:
+    """Check that vLLM's kernels for this CPU multiply weights of four bits, if they have to.
+
+    Args:
+        scheme: of the weights.
+        kernels: vLLM's, by their names.
+
+    Raises:
+        ValueError: they do not.
+
+    """
+    if scheme and scheme.bits < 8 and not hasattr(kernels, "cpu_gemm_wna16"):
+        raise ValueError(
+            f"{scheme} cannot be served on this CPU: what vLLM multiplies such weights by needs "
+            "AVX-512"
         )
 
 

@@ -1,14 +1,16 @@
 """On a machine with GPUs: slice there, and compare vLLM with Transformers in bfloat16.
 
-    python tests/gpu_agreement.py WORK_DIR
+    python tests/gpu_agreement.py WORK_DIR [--layouts eager compiled]
 
-Not collected by pytest, which must pass without a GPU. For each form of rotation, on one GPU, and
-with two also tensor-parallel and pipeline-parallel, it prints the largest difference in logprob of
-the tokens that vLLM chose (compiled, CUDA graphs), over prompts fed to both, and exits with 1 above
-the tolerance of bfloat16. The same in fp8, against Transformers rounding alike in float32; then the
-all-reduces of one step, dense and sliced.
+Not collected by pytest, which must pass without a GPU. For a Llama with each form of rotation and a
+Phi, on one GPU, eager and compiled with CUDA graphs, and with two GPUs also tensor-parallel and
+pipeline-parallel, it prints the largest difference in logprob of the tokens that vLLM chose, over
+prompts fed to both, and exits with 1 above the tolerance of bfloat16. The same in fp8, against
+Transformers rounding alike in float32; then, with two GPUs, the all-reduces of one step, dense and
+sliced.
 """
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from conftest import save_tiny, tiny_config
 from rounding import round_joined, widened
 from test_vllm import generate_each, read_results, run_script
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PhiConfig, PreTrainedConfig
 
 from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.quantize import QuantizeOptions, run_quantize
@@ -33,12 +35,28 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_dense(directory: Path) -> Path:
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "eager": {"enforce_eager": True},
+    "compiled": {},
+    "tensor-parallel": {"tensor_parallel_size": 2},
+    "pipeline-parallel": {"pipeline_parallel_size": 2},
+}
+
+
+def dense_configs() -> dict[str, PreTrainedConfig]:
+    """Sublayers that follow each other, and such that attention and MLP share."""
+    common: dict[str, Any] = {
+        "hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    llama = tiny_config(**common, intermediate_size=2816, head_dim=64)
+    phi = PhiConfig(**common, intermediate_size=4096, vocab_size=llama.vocab_size,
+                    bos_token_id=256, eos_token_id=256)  # fmt: skip
+    return {"llama": llama, "phi": phi}
+
+
+def make_dense(directory: Path, config: PreTrainedConfig) -> Path:
     """Write a random model whose layers change the stream as much as a trained one's do."""
-    config = tiny_config(
-        hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=16,
-        num_key_value_heads=4, head_dim=64, max_position_embeddings=2048,
-    )  # fmt: skip
     save_tiny(directory, config, torch.float32)
     model = AutoModelForCausalLM.from_pretrained(directory)
     for name, parameter in model.named_parameters():
@@ -71,27 +89,33 @@ def load_reference(directory: Path, wide: Path | None) -> Any:
     return model.cuda().eval()
 
 
-def main(work: Path) -> int:
-    dense = make_dense(work / "dense")
-    directories = [work / form for form in FORMS]
-    for form, directory in zip(FORMS, directories, strict=True):
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("work", type=Path, metavar="WORK_DIR")
+    fitting = list(LAYOUTS) if torch.cuda.device_count() > 1 else ["eager", "compiled"]
+    parser.add_argument("--layouts", nargs="+", choices=fitting, default=fitting)
+    arguments = parser.parse_args()
+    work: Path = arguments.work
+    models = {name: make_dense(work / name, config) for name, config in dense_configs().items()}
+    sliced = {form: ("llama", options) for form, options in FORMS.items()}
+    sliced["phi"] = ("phi", FORMS["low-rank"])
+    for name, (model, options) in sliced.items():
         run = run_slice(
-            SliceOptions(str(dense), directory, samples=32, device="cuda", **FORMS[form])
+            SliceOptions(
+                str(models[model]), work / f"{name}-sliced", samples=32, device="cuda", **options
+            )
         )
-        print(form, describe(run.summary), run.stopwatch, flush=True)
-    run_quantize(QuantizeOptions(work / "low-rank", work / "fp8", "fp8"))
+        print(name, describe(run.summary), run.stopwatch, flush=True)
+    directories = [work / f"{name}-sliced" for name in sliced]
+    run_quantize(QuantizeOptions(work / "low-rank-sliced", work / "fp8", "fp8"))
     wide = widened(work / "fp8", work / "fp8-wide")
-    layouts: dict[str, dict[str, Any]] = {"one GPU": {}}
-    if torch.cuda.device_count() > 1:
-        layouts["tensor-parallel 2"] = {"tensor_parallel_size": 2}
-        layouts["pipeline-parallel 2"] = {"pipeline_parallel_size": 2}
     passed = True
-    for layout, options in layouts.items():
+    for layout in arguments.layouts:
         settings = {
             "dtype": "bfloat16",
             "max_model_len": 512,
             "gpu_memory_utilization": 0.3,
-        } | options
+        } | LAYOUTS[layout]
         served = [*directories, work / "fp8"]
         results = generate_each(served, PROMPTS, 32, settings, [{}] * len(served))
         for directory, result in zip(served, results, strict=True):
@@ -105,12 +129,12 @@ def main(work: Path) -> int:
                 flush=True,
             )
     if torch.cuda.device_count() > 1:
-        models = [dense, *directories]
+        counted = [models["llama"], *directories[: len(FORMS)]]
         options = {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.3}
-        counts = read_results(run_script("vllm_all_reduces.py", models, {}, options), len(models))
+        counts = read_results(run_script("vllm_all_reduces.py", counted, {}, options), len(counted))
         print("all-reduces a step, each rank:", dict(zip(["dense", *FORMS], counts, strict=True)))
     return 0 if passed else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main())

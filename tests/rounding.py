@@ -1,5 +1,5 @@
 """What engines compute with quantised checkpoints, in Transformers: weights multiplied out, and
-rounding to fp8 as vLLM does where rotations join linears."""
+rounding to fp8 or four bits as vLLM does where rotations join linears."""
 
 import json
 import shutil
@@ -56,6 +56,18 @@ def round_joined(model: nn.Module, stored: bool) -> None:
             (writer,) = (layer.get_submodule(path) for path in sublayer.writes)
             _round_readers([down, *(layer.get_submodule(path) for path in sublayer.reads)])
             _round_written(layer.get_submodule(sublayer.norm), down, writer, up, stored)
+
+
+def round_rotations(model: nn.Module, group: int) -> None:
+    """Round low-rank rotations, held in float16, to four bits by a scale a group of inputs."""
+    for layer in (module for module in model.modules() if isinstance(module, SlicedLayer)):
+        for rotation in layer.residual_rotation:
+            for linear in rotation.children():
+                for columns in linear.weight.data.split(group, 1):
+                    half = columns.half().float()
+                    # The largest lies in the middle of two steps: where it goes, the scale decides.
+                    scale = (half.abs().amax(1, keepdim=True) / 7.5).half().float()
+                    columns.copy_((half / scale).round().clamp(-8, 7) * scale)
 
 
 def _round_readers(linears: list[Any]) -> None:

@@ -20,7 +20,8 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 
 from sliceserve.kernels.rounded import FP8, LARGEST
-from sliceserve.server.fp8 import add_columns, round_rows, takes_rotations
+from sliceserve.server.fp8 import add_columns, round_rows
+from sliceserve.server.taking import takes_rotations
 from sliceserve.slicing.architectures import find_architecture
 
 

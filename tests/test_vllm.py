@@ -29,10 +29,14 @@ def run_vllm(
     tokens: int,
     options: dict[str, Any],
     variants: list[dict[str, Any]] | None = None,
+    apart: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Generate with each of some models, in float32 or by options of its own."""
+    """Generate with each of some models, in float32 or by options of its own.
+
+    With `apart`, attention on the CPU is made to write rows that lie apart.
+    """
     variants = variants or [{"dtype": "float32"}] * len(directories)
-    request = {"prompts": prompts, "tokens": tokens, "variants": variants}
+    request = {"prompts": prompts, "tokens": tokens, "variants": variants, "apart": apart}
     return run_script("vllm_generate.py", directories, request, options)
 
 
@@ -63,8 +67,10 @@ def generate_each(
     tokens: int,
     options: dict[str, Any],
     variants: list[dict[str, Any]] | None = None,
+    apart: bool = False,
 ) -> list[list[dict[str, Any]]]:
-    return read_results(run_vllm(directories, prompts, tokens, options, variants), len(directories))
+    result = run_vllm(directories, prompts, tokens, options, variants, apart)
+    return read_results(result, len(directories))
 
 
 def read_results(result: subprocess.CompletedProcess[str], count: int) -> list[Any]:
@@ -96,6 +102,22 @@ def greedy(
             logprobs.append(scores.max().item())
         results.append({"tokens": ids[len(prompt) :], "logprobs": logprobs})
     return results
+
+
+@torch.no_grad()
+def score(
+    directory: Path, prompts: list[list[int]], results: list[dict[str, Any]], prepare: Any
+) -> list[tuple[list[float], list[float]]]:
+    """What Transformers gives as logprobs of the tokens in results, and of the likeliest ones."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    prepare(model)
+    found = []
+    for prompt, result in zip(prompts, results, strict=True):
+        ids = torch.tensor(prompt + result["tokens"])
+        scores = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        chosen = scores.gather(1, ids[len(prompt) :, None])[:, 0]
+        found.append((chosen.tolist(), scores.amax(1).tolist()))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -132,28 +154,34 @@ def others(tmp_path_factory: pytest.TempPathFactory, uneven: Path) -> dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("names", "options"),
+    ("names", "options", "apart"),
     [
         pytest.param(
-            ["uneven", *OTHER_CONFIGS, "llama-tied-low-rank", "opt-low-rank"], EAGER, id="eager"
+            ["uneven", *OTHER_CONFIGS, "llama-tied-low-rank", "opt-low-rank"],
+            EAGER,
+            False,
+            id="eager",
         ),
-        pytest.param(["uneven"], {}, id="compiled"),
+        pytest.param(["uneven", "phi", "llama-tied-low-rank"], {}, True, id="compiled-rows-apart"),
         pytest.param(
             ["uneven", "phi", "llama-tied-low-rank"],
             EAGER | {"tensor_parallel_size": 2},
+            False,
             id="tp2",
         ),
         pytest.param(
             ["uneven", "opt", "llama-tied-low-rank"],
             {"pipeline_parallel_size": 2},
+            False,
             id="pp2-compiled",
         ),
     ],
 )
 def test_vllm_agrees_for_every_architecture(
-    names: list[str], options: dict[str, Any], others: dict[str, Path]
+    names: list[str], options: dict[str, Any], apart: bool, others: dict[str, Path]
 ) -> None:
-    results = generate_each([others[name] for name in names], PROMPTS, 12, options)
+    models = [others[name] for name in names]
+    results = generate_each(models, PROMPTS, 12, options, apart=apart)
     for name, got in zip(names, results, strict=True):
         expected = greedy(others[name], PROMPTS, tokens=12)
         for ours, theirs in zip(got, expected, strict=True):

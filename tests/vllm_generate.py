@@ -5,6 +5,8 @@ import os
 import sys
 from typing import Any
 
+from four_bit_product import define_where_missing
+
 
 def main(
     directories: list[str],
@@ -12,10 +14,32 @@ def main(
     tokens: int,
     options: dict[str, Any],
     variants: list[dict[str, Any]],
+    apart: bool = False,
 ) -> None:
+    product = define_where_missing()
+    if apart:
+        write_rows_apart()
     for directory, variant in zip(directories, variants, strict=True):
         results = generate(directory, prompts, tokens, variant | options)
         print("RESULT " + json.dumps(results), flush=True)
+    del product
+
+
+def write_rows_apart() -> None:
+    """Have attention on the CPU write rows that lie apart, as on a GPU it can."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    from sliceserve.server import roomy
+
+    forward = CPUAttentionBackendImpl.forward
+
+    def forward_apart(*arguments: Any, output: Any, **named: Any) -> Any:
+        close = output.contiguous()
+        forward(*arguments, output=close, **named)
+        return output.copy_(close)
+
+    CPUAttentionBackendImpl.forward = forward_apart
+    roomy.WRITES_APART += ("CPU_ATTN",)
 
 
 def generate(

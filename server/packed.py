@@ -1,0 +1,65 @@
+"""Linears of four bits that take rotations in: which of vLLM's can, and how a rotation is packed.
+
+A group of a row's inputs has a scale of its own, and what a linear reads stays as it is: rotations
+that are rounded to nearest as more rows and columns change neither. Kernels for four bits multiply
+whole tiles, which rotations are filled up to with zeros.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import pad
+from vllm.model_executor.layers.linear import LinearBase
+
+from sliceserve.slicing.packing import Packer
+from sliceserve.slicing.parsing import GROUP_SIZES
+from sliceserve.slicing.quantised import INT32_BITS, SCHEMES
+
+STORED = "CompressedTensorsWNA16"
+FOUR_BITS = SCHEMES["w4a16"]
+PACKED = INT32_BITS // FOUR_BITS.bits  # weights in a number of `weight_packed`
+TILE = 128  # outputs or inputs, whole groups of any size
+
+
+def group_size(linear: LinearBase) -> int | None:
+    """Return how many inputs of a linear share a scale; None if rotations cannot be packed for it.
+
+    Args:
+        linear: of vLLM, whose `scheme` says how it is quantised.
+
+    """
+    scheme: Any = getattr(linear, "scheme", None)
+    if (
+        type(scheme).__name__ != STORED
+        or scheme.num_bits != FOUR_BITS.bits
+        or not scheme.symmetric
+        or getattr(scheme, "has_g_idx", False)
+    ):
+        return None
+    return scheme.group_size if scheme.group_size in GROUP_SIZES else None
+
+
+def padding(size: int) -> int:
+    """Return the zeros that fill a rotation's share up to whole tiles."""
+    return -size % TILE
+
+
+def pack_padded(matrix: Tensor, axis: int, zeros: int, group: int) -> dict[str, Tensor]:
+    """Round a matrix to nearest and pack it.
+
+    Args:
+        matrix: [out, in].
+        axis: where zeros are added.
+        zeros: how many.
+        group: inputs that share a scale.
+
+    Returns:
+        `weight_packed` [out, in / 8] and `weight_scale` [out, in / group], with the zeros.
+
+    """
+    widths = (0, zeros) if axis == 1 else (0, 0, 0, zeros)
+    padded = pad(matrix, widths)
+    packer = Packer(replace(FOUR_BITS, group_size=group))
+    packed = packer.pack(padded, packer.scales(padded))
+    return {name: packed[name] for name in ("weight_packed", "weight_scale")}
