@@ -7,7 +7,8 @@
 Every row runs in a process of its own and is kept in OUT/rows.jsonl, so that a run that was stopped
 goes on where it was; the table comes last. `--fewer N` adds the sliced models on N GPUs; `--gpus`
 says how many this machine has: rows that need fewer run beside each other. `--quantization` takes
-what vLLM quantises by while it loads (fp8_per_channel, …) and what `sliceserve quantize` stores.
+what vLLM quantises by while it loads (fp8_per_channel, …), and stored-int8, stored-w4a16 and
+stored-fp8 for what `sliceserve quantize` stores.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from sliceserve.slicing.checkpoint import read_sliced_config
 from sliceserve.slicing.packing import Packer
 from sliceserve.slicing.quantised import SCHEMES
 
-MARK = "ROW "
+MARK, STORED = "ROW ", "stored-"
 INPUT, STEPS = 128, 128
 CAPTURED = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 NAMES = {"dense": "whole rotations", "low-rank": "low-rank", "shared": "shared basis"}
@@ -160,13 +161,14 @@ def quantised(row: Row, quantization: str, sliced: Path) -> Row:
     """Return the row with its linears quantised; `sliced` is a directory to describe them by."""
     if quantization == "none":
         return row
-    stored = quantization in SCHEMES
+    stored = quantization.startswith(STORED)
     directory = row.directory
     if stored:
         directory = directory.with_name(f"{directory.name}-{quantization}")
         shutil.copytree(row.directory, directory, dirs_exist_ok=True)
         file = directory / "config.json"
-        fields = Packer(SCHEMES[quantization]).fields(read_sliced_config(sliced))
+        scheme = SCHEMES[quantization.removeprefix(STORED)]
+        fields = Packer(scheme).fields(read_sliced_config(sliced))
         config = json.loads(file.read_text()) | {"quantization_config": fields}
         file.write_text(json.dumps(config, indent=2) + "\n")
     return replace(row, quantization=quantization, stored=stored, directory=directory)
@@ -290,7 +292,7 @@ def main() -> int:
         "--quantization",
         nargs="+",
         default=["none"],
-        help=f"of the linears: none, what vLLM makes while it loads, or {', '.join(SCHEMES)}",
+        help=f"of the linears: none, what vLLM makes while it loads, or {STORED}SCHEME",
     )
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--pipeline-parallel", type=int, default=1)

@@ -134,7 +134,12 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
             self.weight_shape.data.copy_(torch.tensor([self.output_size, self.input_size]))
             return kind
         if kind == "weight" and self.group is not None:
-            self._pack(path, tensor, self.group)
+            # A rotation: those are stored as they were.
+            (part,) = (part for part in self.parts if part.name == path)
+            share = tensor.narrow(self.axis, part.start, part.size).to(self.params_dtype)
+            packed = pack_padded(share, self.axis, part.zeros, self.group) if part.size else {}
+            for packed_kind, source in packed.items():
+                self.load(f"{path}.{packed_kind}", source)
             return "weight_packed"
         # vLLM wraps the loader of a matrix that it quantises when all of it has come.
         parameter: Any = getattr(self, kind)
@@ -157,17 +162,19 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
         offset, unit = 0, self._unit(kind)
         for part in self.parts:
             if part.name == path:
-                if part.start % unit or part.size % unit:
+                # As long as the part in the joined matrix: it is the part, and not the whole.
+                start = 0 if tensor.shape[self.axis] * unit == part.span else part.start
+                if start % unit or part.span % unit:
                     raise ValueError(
                         f"tensor parallelism gives a rank {part.size} inputs of {path} from "
-                        f"{part.start}: parts of groups of {self.group}"
+                        f"{part.start}, and groups of {self.group} stay whole"
                     )
-                source = tensor.narrow(self.axis, part.start // unit, part.size // unit)
+                source = tensor.narrow(self.axis, start // unit, part.span // unit)
                 if param.dtype == FP8 and tensor.dtype != FP8:
                     # A loader may use the tensor's memory again.
                     self.unrounded[offset] = source.clone()
                 else:
-                    place = param.data.narrow(self.axis, offset // unit, part.size // unit)
+                    place = param.data.narrow(self.axis, offset // unit, part.span // unit)
                     place.copy_(source)
             offset += part.span
 
@@ -176,18 +183,6 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
         if self.axis == 0 or self.group is None:
             return 1
         return {"weight_packed": PACKED, "weight_scale": self.group}[kind]
-
-    def _pack(self, path: str, tensor: Tensor, group: int) -> None:
-        """Round this rank's part of a matrix that came as it was, a rotation, to four bits."""
-        offset = 0
-        for part in self.parts:
-            if part.name == path and part.size:
-                shard = tensor.narrow(self.axis, part.start, part.size).to(self.params_dtype)
-                packed = pack_padded(shard, self.axis, part.zeros, group)
-                for kind, source in packed.items():
-                    length, start = source.shape[self.axis], offset // self._unit(kind)
-                    getattr(self, kind).data.narrow(self.axis, start, length).copy_(source)
-            offset += part.span
 
     def finish_loading(self) -> None:
         """Round what came unrounded into a matrix that was stored in fp8: rotations."""

@@ -2,15 +2,19 @@
 
 A group of a row's inputs has a scale of its own, and what a linear reads stays as it is: rotations
 that are rounded to nearest as more rows and columns change neither. Kernels for four bits multiply
-whole tiles, which rotations are filled up to with zeros.
+whole tiles, which rotations are filled up to with zeros. vLLM can also be told to round what such
+a linear reads, a token at a time; then rotations stay beside it.
 """
 
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from vllm import envs
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.platforms import current_platform
 
 from sliceserve.slicing.packing import Packer
 from sliceserve.slicing.parsing import GROUP_SIZES
@@ -35,9 +39,18 @@ def group_size(linear: LinearBase) -> int | None:
         or scheme.num_bits != FOUR_BITS.bits
         or not scheme.symmetric
         or getattr(scheme, "has_g_idx", False)
+        or _rounds_inputs(linear.params_dtype)
     ):
         return None
     return scheme.group_size if scheme.group_size in GROUP_SIZES else None
+
+
+def _rounds_inputs(dtype: torch.dtype) -> bool:
+    """Whether vLLM rounds what linears of four bits read to eight."""
+    on_cpu = envs.VLLM_CPU_INT4_W4A8 and dtype == torch.bfloat16
+    if current_platform.is_cpu():
+        return bool(on_cpu and torch.cpu._is_amx_tile_supported())
+    return envs.VLLM_MARLIN_INPUT_DTYPE is not None
 
 
 def padding(size: int) -> int:

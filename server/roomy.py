@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import _encode_layer_name
 
 STORED_AT_ONCE = 16  # bytes
@@ -35,13 +36,15 @@ class RoomyAttention(nn.Module):
         heads, size = layer.num_heads, layer.head_size_v
         joined = query.new_empty(query.shape[0], heads * size + self.room)
         output = joined[:, : heads * size].view(-1, heads, size)
+        # All views come first: vLLM splits the graph at both operations.
+        queries = query.view(-1, heads, layer.head_size)
         keys = key.view(-1, layer.num_kv_heads, layer.head_size)
         values = value.view(-1, layer.num_kv_heads, size)
         name = _encode_layer_name(layer.layer_name)
         # vLLM orders the two by what the first returns.
         written = torch.ops.vllm.unified_kv_cache_update(keys, values, name)
         torch.ops.vllm.unified_attention_with_output(
-            query.view(-1, heads, layer.head_size),
+            queries,
             keys,
             values,
             output,
@@ -65,6 +68,8 @@ def can_make_room(attention: Any, room: int, vllm_config: VllmConfig) -> bool:
     """
     return (
         room * vllm_config.model_config.dtype.itemsize % STORED_AT_ONCE == 0
+        # Elsewhere another backend has the same name.
+        and (current_platform.is_cuda() or current_platform.is_cpu())
         and attention.attn_backend.get_name() in WRITES_APART
         and not attention.attn_backend.forward_includes_kv_cache_update
         and not attention.use_direct_call

@@ -98,8 +98,8 @@ def footprint(
         config: of the model, dense or sliced.
         architecture: the description of the dense model.
         dtype: of weights, cache and activations.
-        scheme: of the layers' linears; None leaves them in `dtype`. Embedding, head and rotations
-            are never quantised.
+        scheme: of the layers' linears; None leaves them in `dtype`. Embedding and head are never
+            quantised; rotations are counted as they are stored, also where they join linears.
         load: what is asked of the server.
 
     """
@@ -160,7 +160,7 @@ class _Parts:
         if len(shape) < 2 or positions or name.startswith(f"{HEAD_MAP}."):
             return Part(whole=prod(shape) * self.dtype.itemsize)
         if rotation and self.scheme:
-            # Beside quantised linears every rank keeps them whole; otherwise they are fused.
+            # Beside quantised linears every rank keeps them whole; those that join count so too.
             return Part(whole=prod(shape) * self.dtype.itemsize)
         if self.scheme and name.startswith(f"{self.architecture.layers}."):
             return Part(split=self.scheme.weight_bytes(shape, self.dtype))

@@ -1,4 +1,4 @@
-"""Rotations rounded into matrices in fp8, against float64, and which of vLLM's take them."""
+"""Rotations rounded into matrices in fp8 and four bits, and which of vLLM's linears take them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+from test_four_bits import unpacked
 from torch import Tensor
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.quantization import QuantizationConfigArgs
@@ -21,8 +22,11 @@ from vllm.model_executor.layers.quantization.online.base import OnlineQuantizati
 
 from sliceserve.kernels.rounded import FP8, LARGEST
 from sliceserve.server.fp8 import add_columns, round_rows
+from sliceserve.server.joined import JoinedLinear, Part
 from sliceserve.server.taking import takes_rotations
 from sliceserve.slicing.architectures import find_architecture
+from sliceserve.slicing.packing import Packer
+from sliceserve.slicing.quantised import SCHEMES
 
 
 def values(rows: int, columns: int, spread: float) -> Tensor:
@@ -92,8 +96,9 @@ def stored_in(preset: str, strategy: str | None = None) -> CompressedTensorsConf
     scheme = preset_name_to_scheme(preset, ["Linear"])
     if strategy:
         scheme.weights.strategy = strategy
-    stored = "int-quantized" if preset == "INT8" else "float-quantized"
-    fields = QuantizationConfig(config_groups={"group_0": scheme}, format=stored)
+    stored = {"INT8": "int-quantized", "W4A16": "pack-quantized", "W4A16_ASYM": "pack-quantized"}
+    form = stored.get(preset, "float-quantized")
+    fields = QuantizationConfig(config_groups={"group_0": scheme}, format=form)
     return CompressedTensorsConfig.from_config(fields.model_dump(mode="json"))
 
 
@@ -116,8 +121,45 @@ def test_rotations_join_what_they_can() -> None:
             ("a scale a token before", stored_in("FP8"), llama, [4, 4]),
             ("some ignored", OnlineQuantizationConfig(some), llama, [4, 4]),
             ("blocks", OnlineQuantizationConfig(blocks), llama, [4, 4]),
+            ("four bits", stored_in("W4A16"), llama, [4, 0]),
+            ("four bits, two written", stored_in("W4A16"), phi, [4]),
+            ("four bits, whole", stored_in("W4A16"), llama, [None, 4]),
+            ("four bits with zero points", stored_in("W4A16_ASYM"), llama, [4, 4]),
         )
     }
     assert [name for name, joined in found.items() if joined] == [
-        "stored", "online", "online, two written",
+        "stored", "online", "online, two written", "four bits", "four bits, two written",
     ]  # fmt: skip
+
+
+def joined_in_four_bits(axis: int, start: int) -> JoinedLinear:
+    """Of a rank that holds 128 of 512 rows or columns, and the second half of a rotation's 64."""
+    parts = [Part("proj", start, 128), Part("rotation", 32, 32, zeros=96)]
+    prefix = "model.layers.0.joined_reads.0"
+    return JoinedLinear(parts, axis, 256, frozenset(), stored_in("W4A16"), prefix)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_share_of_a_rotation_follows_in_four_bits(axis: int) -> None:
+    whole = {"proj": values(512, 256, 2.0), "rotation": values(64, 256, 2.0)}
+    whole = {name: tensor if axis == 0 else tensor.T for name, tensor in whole.items()}
+    linear, packer = joined_in_four_bits(axis, 256), Packer(SCHEMES["w4a16"])
+    for kind, tensor in packer.pack(whole["proj"], packer.scales(whole["proj"])).items():
+        assert linear.load(f"proj.{kind}", tensor) == kind
+    assert linear.load("rotation.weight", whole["rotation"]) == "weight_packed"
+    numbers, scale = unpacked({f"x.{name}": p for name, p in linear.named_parameters()}, "x")
+    shares = [whole["proj"].narrow(axis, 256, 128), whole["rotation"].narrow(axis, 32, 32)]
+    expected = torch.cat([*shares, torch.zeros_like(shares[1]).repeat_interleave(3, axis)], axis)
+    steps = scale.repeat_interleave(128, 1)
+    assert ((numbers * steps - expected).abs() <= 0.5001 * steps).all()
+    assert not numbers.narrow(axis, 160, 96).any()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_rank_gets_no_part_of_a_group() -> None:
+    linear, packer = joined_in_four_bits(1, 64), Packer(SCHEMES["w4a16"])
+    weight = values(256, 512, 0.0)
+    packed = packer.pack(weight, packer.scales(weight))
+    with pytest.raises(ValueError, match="128 inputs of proj from 64, and groups of 128 stay"):
+        linear.load("proj.weight_scale", packed["weight_scale"])

@@ -38,8 +38,8 @@ def inputs(dtype: torch.dtype, size: tuple[int, int, int, int]) -> tuple[Tensor,
 
 
 CASES = [(dtype, size) for dtype in TOLERANCES for size in SIZES]
-# So many tokens that a program goes through all of a token's columns, here in two steps.
-CASES.append((torch.float32, (513, 24, 4100, 8)))
+# Steps of a program: so many tokens that it does all of one's columns, and fewer, where it shares.
+CASES += [(torch.float32, (513, 24, 4100, 8)), (torch.bfloat16, (130, 24, 8300, 8))]
 # The same, and whether the branch has gates and the rotation a divisor.
 ROUNDED = [
     (dtype, size, gates, divided)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import OTHER_CONFIGS, save_tiny
-from four_bit_product import has_kernel
 from rounding import round_joined, round_rotations, widened
 from safetensors.torch import load_file, save_file
 from test_checkpoint import shard
@@ -186,14 +185,12 @@ def test_vllm_agrees_with_transformers_in_four_bits(
 def test_two_ranks_share_groups_and_rotations_and_add_biases_once(
     served: dict[str, list[dict[str, Any]]], four_bits: dict[str, Path], fp8: Path
 ) -> None:
-    # In fp8 each rank has scales of its own.
-    models = {"fp8": (fp8, {"dtype": "float32"}, 0.3)}
-    if has_kernel():  # in the workers there is no other
-        models["llama"] = (four_bits["llama"], {"dtype": "float16"}, 1e-2)
-    directories, variants, tolerances = zip(*models.values(), strict=True)
+    models = {"llama": four_bits["llama"], "fp8": fp8}
+    variants = [{"dtype": "float16"}, {"dtype": "float32"}]
     options = EAGER | {"tensor_parallel_size": 2}
-    results = generate_each(list(directories), PROMPTS, 1, options, list(variants))
-    for name, two, tolerance in zip(models, results, tolerances, strict=True):
+    results = generate_each(list(models.values()), PROMPTS, 1, options, variants)
+    # In fp8 each rank has scales of its own.
+    for (name, two), tolerance in zip(zip(models, results, strict=True), (1e-2, 0.3), strict=True):
         for alone, shared in zip(served[name], two, strict=True):
             assert shared["logprobs"] == pytest.approx(alone["logprobs"][:1], abs=tolerance)
 

@@ -7,6 +7,9 @@ from typing import Any
 
 from four_bit_product import define_where_missing
 
+# Processes that vLLM spawns import this module too.
+FOUR_BIT_PRODUCT = define_where_missing()
+
 
 def main(
     directories: list[str],
@@ -16,13 +19,11 @@ def main(
     variants: list[dict[str, Any]],
     apart: bool = False,
 ) -> None:
-    product = define_where_missing()
     if apart:
         write_rows_apart()
     for directory, variant in zip(directories, variants, strict=True):
         results = generate(directory, prompts, tokens, variant | options)
         print("RESULT " + json.dumps(results), flush=True)
-    del product
 
 
 def write_rows_apart() -> None:
@@ -34,6 +35,8 @@ def write_rows_apart() -> None:
     forward = CPUAttentionBackendImpl.forward
 
     def forward_apart(*arguments: Any, output: Any, **named: Any) -> Any:
+        if len(output) > 1 and output.is_contiguous():
+            sys.exit("no room was made beside attention's output")
         close = output.contiguous()
         forward(*arguments, output=close, **named)
         return output.copy_(close)
