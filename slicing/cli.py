@@ -37,10 +37,16 @@ def run(arguments: list[str]) -> int:
         from sliceserve.server.serve import main as serve
 
         return serve(arguments[1:])
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    received: list[int] = []
+
+    def interrupt(number: int, _frame: object) -> NoReturn:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # What nohup has made the process ignore stays ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _interrupt)
+            signal.signal(number, interrupt)
     options = vars(make_parser().parse_args(arguments))
     command = COMMANDS[options.pop("command")]
     logger = logging.getLogger("sliceserve")
@@ -50,10 +56,13 @@ def run(arguments: list[str]) -> int:
     try:
         with logging_redirect_tqdm([logger]):
             return command(**options)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
+        # An interrupt inside a library may come out as an error of the library's own.
+        if not received and not isinstance(error, KeyboardInterrupt):
+            raise
         if options.get("resume"):
             raise UserError("interrupted; the same command goes on where it stopped") from None
-        raise
+        raise KeyboardInterrupt from None
     finally:
         logger.removeHandler(handler)
 
@@ -225,10 +234,6 @@ def _default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _interrupt(_signum: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 COMMANDS: dict[str, Callable[..., int]] = {

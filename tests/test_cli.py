@@ -12,7 +12,7 @@ import torch
 from conftest import save_tiny, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sliceserve.slicing.cli import main
+from sliceserve.slicing.cli import COMMANDS, main
 
 COMMAND = [sys.executable, "-m", "sliceserve.slicing.cli"]
 
@@ -183,6 +183,21 @@ def test_an_interrupt_leaves_nothing(signum: signal.Signals, tiny: Path, tmp_pat
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_that_a_library_hides_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hide(**_: object) -> int:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ValueError("no shape") from None
+        return 0
+
+    monkeypatch.setitem(COMMANDS, "inspect", hide)
+    assert main(["inspect", "anything"]) == 2
+    assert capsys.readouterr().err.startswith("sliceserve: interrupted")
 
 
 def test_slice_and_inspect_show_the_true_size(
