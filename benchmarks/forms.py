@@ -308,6 +308,9 @@ def main() -> int:
     )
     parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    for name in options.quantization:
+        if name.startswith(STORED) and name.removeprefix(STORED) not in SCHEMES:
+            parser.error(f"--quantization {name}: a scheme is one of {', '.join(SCHEMES)}")
     if options.row:
         result = measure(options.row, options.gpu_memory_utilization, not options.no_throughput)
         print(MARK + json.dumps(result), flush=True)

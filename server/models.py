@@ -26,6 +26,7 @@ from vllm.model_executor.models.utils import (
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
+from sliceserve.server.cpu import check_products
 from sliceserve.server.fused import FusedDecoderLayer
 from sliceserve.server.joined import JoinedLinear
 from sliceserve.server.layers import Shapes, SlicedDecoderLayer, plain_linear, sliced_norm
@@ -166,7 +167,7 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
         scheme = quantised_scheme(config)
         check_dtype(scheme, model_config.dtype)
         if current_platform.is_cpu():
-            check_kernels(scheme, torch.ops._C)
+            check_products(scheme, torch.ops._C)
         self.config = config
         self.shapes, self.stored = expected_shapes(config), stored_shapes(config)
         # A matrix that is one in the checkpoint too has one adapter.
@@ -289,24 +290,6 @@ def check_dtype(scheme: Scheme | None, dtype: torch.dtype) -> None:
         raise ValueError(
             f"--dtype {str(dtype).removeprefix('torch.')} cannot be used with {scheme}: vLLM "
             "multiplies such weights in bfloat16 and float16 only"
-        )
-
-
-def check_kernels(scheme: Scheme | None, kernels: Any) -> None:
-    """Check that vLLM's kernels for this CPU multiply weights of four bits, if they have to.
-
-    Args:
-        scheme: of the weights.
-        kernels: vLLM's, by their names.
-
-    Raises:
-        ValueError: they do not.
-
-    """
-    if scheme and scheme.bits < 8 and not hasattr(kernels, "cpu_gemm_wna16"):
-        raise ValueError(
-            f"{scheme} cannot be served on this CPU: what vLLM multiplies such weights by needs "
-            "AVX-512"
         )
 
 

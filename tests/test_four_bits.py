@@ -3,7 +3,6 @@
 import json
 from math import prod
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sliceserve.server.models import check_dtype, check_kernels
+from sliceserve.server.models import check_dtype
 from sliceserve.slicing.calibration import pick_windows
 from sliceserve.slicing.checkpoint import read_checkpoint_summary
 from sliceserve.slicing.cli import main
@@ -181,13 +180,6 @@ def test_float32_is_refused_before_it_runs() -> None:
         check_dtype(SCHEMES["w4a16"], torch.float32)
     check_dtype(SCHEMES["int8"], torch.float32)
     check_dtype(SCHEMES["w4a16"], torch.float16)
-
-
-def test_a_cpu_without_a_kernel_is_refused_before_it_runs() -> None:
-    with pytest.raises(ValueError, match=r"w4a16 \(groups of 128\) cannot be served on this CPU"):
-        check_kernels(SCHEMES["w4a16"], SimpleNamespace())
-    check_kernels(SCHEMES["w4a16"], SimpleNamespace(cpu_gemm_wna16=None))
-    check_kernels(SCHEMES["int8"], SimpleNamespace())
 
 
 @pytest.mark.parametrize(

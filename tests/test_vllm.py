@@ -104,22 +104,6 @@ def greedy(
     return results
 
 
-@torch.no_grad()
-def score(
-    directory: Path, prompts: list[list[int]], results: list[dict[str, Any]], prepare: Any
-) -> list[tuple[list[float], list[float]]]:
-    """What Transformers gives as logprobs of the tokens in results, and of the likeliest ones."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    prepare(model)
-    found = []
-    for prompt, result in zip(prompts, results, strict=True):
-        ids = torch.tensor(prompt + result["tokens"])
-        scores = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        chosen = scores.gather(1, ids[len(prompt) :, None])[:, 0]
-        found.append((chosen.tolist(), scores.amax(1).tolist()))
-    return found
-
-
 @pytest.fixture(scope="module")
 def uneven(tiny: Path) -> Path:
     """The tiny model at a width that two ranks cannot share evenly."""

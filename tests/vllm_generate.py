@@ -5,10 +5,10 @@ import os
 import sys
 from typing import Any
 
-from four_bit_product import define_where_missing
+from cpu_products import stand_in_where_needed
 
 # Processes that vLLM spawns import this module too.
-FOUR_BIT_PRODUCT = define_where_missing()
+PRODUCTS = stand_in_where_needed()
 
 
 def main(

@@ -1,0 +1,52 @@
+"""Weights that vLLM cannot multiply on this CPU, or not rightly, refused before they run."""
+
+from typing import Any
+
+import torch
+
+from sliceserve.slicing.quantised import Scheme
+
+LARGEST, INPUTS, OUTPUTS = 127, 64, 16  # of a product that shows whether sums saturate
+
+
+def check_products(scheme: Scheme | None, products: Any) -> None:
+    """Check that vLLM multiplies weights of a scheme on this CPU.
+
+    Args:
+        scheme: of the weights; None for those that are not quantised.
+        products: vLLM's operations, `torch.ops._C`.
+
+    Raises:
+        ValueError: it does not, or its sums are wrong.
+
+    """
+    if scheme is None:
+        return
+    if scheme.bits < 8 and not hasattr(products, "cpu_gemm_wna16"):
+        raise ValueError(
+            f"{scheme} cannot be served on this CPU: what vLLM multiplies such weights by needs "
+            "AVX-512"
+        )
+    if (
+        scheme.name == "int8"
+        and hasattr(products, "create_onednn_scaled_mm_handler")
+        and saturates()
+    ):
+        raise ValueError(
+            f"{scheme} cannot be served on this CPU: without VNNI, sums of vLLM's products of "
+            "eight bits saturate, and answers are wrong"
+        )
+
+
+def saturates() -> bool:
+    """Whether two products of eight bits are summed in 16 here, which large ones do not fit."""
+    from vllm import _custom_ops as ops
+
+    weight = torch.full((OUTPUTS, INPUTS), LARGEST, dtype=torch.int8)
+    x = torch.full((1, INPUTS), LARGEST, dtype=torch.int8)
+    out = torch.empty(1, OUTPUTS)
+    handler = ops.create_onednn_scaled_mm(
+        weight.t(), torch.ones(OUTPUTS), out.dtype, dynamic_quant=True, use_azp=False
+    )
+    ops.onednn_scaled_mm(handler, x, out, torch.ones(1, 1), None, None, None)
+    return bool((out != LARGEST * LARGEST * INPUTS).any())
