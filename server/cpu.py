@@ -44,9 +44,11 @@ def saturates() -> bool:
 
     weight = torch.full((OUTPUTS, INPUTS), LARGEST, dtype=torch.int8)
     x = torch.full((1, INPUTS), LARGEST, dtype=torch.int8)
-    out = torch.empty(1, OUTPUTS)
+    # While a model is made, the default dtype is the model's.
+    scales = torch.ones(1, OUTPUTS, dtype=torch.float32)
+    out = torch.empty_like(scales)
     handler = ops.create_onednn_scaled_mm(
-        weight.t(), torch.ones(OUTPUTS), out.dtype, dynamic_quant=True, use_azp=False
+        weight.t(), scales[0], out.dtype, dynamic_quant=True, use_azp=False
     )
-    ops.onednn_scaled_mm(handler, x, out, torch.ones(1, 1), None, None, None)
+    ops.onednn_scaled_mm(handler, x, out, scales[:, :1].contiguous(), None, None, None)
     return bool((out != LARGEST * LARGEST * INPUTS).any())
