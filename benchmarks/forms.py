@@ -6,7 +6,8 @@
 
 Every row runs in a process of its own and is kept in OUT/rows.jsonl, so that a run that was stopped
 goes on where it was; the table comes last. `--fewer N` adds the sliced models on N GPUs; `--gpus`
-says how many this machine has: rows that need fewer run beside each other. `--quantization` takes
+says how many this machine has (the first of CUDA_VISIBLE_DEVICES, where that is set): rows that
+need fewer run beside each other. `--quantization` takes
 what vLLM quantises by while it loads (fp8_per_channel, …), and stored-int8, stored-w4a16 and
 stored-fp8 for what `sliceserve quantize` stores.
 """
@@ -76,8 +77,8 @@ class Row:
         return f"{self.name}, {self.quantization}" if self.quantization else self.name
 
 
-def measure(row: dict[str, Any], utilization: float, full: bool) -> dict[str, Any]:
-    """Measure a model, best of three runs, on the GPUs that this process sees."""
+def measure(row: dict[str, Any], utilization: float, full: bool, repeats: int) -> dict[str, Any]:
+    """Measure a model, best of `repeats` runs, on the GPUs that this process sees."""
     from vllm import LLM, SamplingParams
 
     start = time.perf_counter()
@@ -102,7 +103,7 @@ def measure(row: dict[str, Any], utilization: float, full: bool) -> dict[str, An
         "startup": time.perf_counter() - start,
     }
 
-    def seconds(prompts: int, length: int, output: int, repeats: int = 3) -> float:
+    def seconds(prompts: int, length: int, output: int, repeats: int = repeats) -> float:
         sampling = SamplingParams(
             temperature=0, max_tokens=output, ignore_eos=True, detokenize=False
         )
@@ -183,7 +184,8 @@ def run_rows(rows: list[Row], options: argparse.Namespace) -> dict[str, Any]:
     waiting = [row for row in rows if row.key not in done]
     if options.only:
         waiting = [row for row in waiting if any(text in row.key for text in options.only)]
-    free, running = set(range(options.gpus)), []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(options.gpus))))
+    free, running = set(visible.split(",")[: options.gpus]), []
     end = time.monotonic() + options.time_limit
     with tqdm(total=len(waiting), desc="rows", unit="row") as bar:
         while waiting or running:
@@ -229,7 +231,7 @@ def reason(log: str) -> str:
     return lines[-1][-400:] if lines else log[-400:]
 
 
-def start_row(row: Row, gpus: list[int], options: argparse.Namespace) -> "subprocess.Popen[str]":
+def start_row(row: Row, gpus: list[str], options: argparse.Namespace) -> "subprocess.Popen[str]":
     """Start the measurement of a row on some GPUs."""
     request = {
         "directory": str(row.directory),
@@ -237,12 +239,13 @@ def start_row(row: Row, gpus: list[int], options: argparse.Namespace) -> "subpro
         "pipeline_parallel": row.pipeline_parallel,
         "quantization": None if row.stored else row.quantization,
     }
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, sorted(gpus)))}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(sorted(gpus))}
     if row.gpus == 1:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     command = [
         sys.executable, __file__, options.shape, str(options.output), "--row", json.dumps(request),
         "--gpu-memory-utilization", str(options.gpu_memory_utilization),
+        "--repeats", str(options.repeats),
         *(["--no-throughput"] if options.no_throughput else []),
     ]  # fmt: skip
     with log_of(row, options).open("w") as log:
@@ -299,6 +302,7 @@ def main() -> int:
     parser.add_argument("--fewer", type=int, help="GPUs for a second run of each sliced model")
     parser.add_argument("--gpus", type=int, default=1, help="of this machine")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--repeats", type=int, default=3, help="of each run, the best counts")
     parser.add_argument("--no-throughput", action="store_true", help="leave that column out")
     parser.add_argument(
         "--only", nargs="+", metavar="TEXT", help="rows whose name has one of these"
@@ -312,7 +316,8 @@ def main() -> int:
         if name.startswith(STORED) and name.removeprefix(STORED) not in SCHEMES:
             parser.error(f"--quantization {name}: a scheme is one of {', '.join(SCHEMES)}")
     if options.row:
-        result = measure(options.row, options.gpu_memory_utilization, not options.no_throughput)
+        full = not options.no_throughput
+        result = measure(options.row, options.gpu_memory_utilization, full, options.repeats)
         print(MARK + json.dumps(result), flush=True)
         return 0
     rows = plan(options)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
+from vllm.platforms import current_platform
 
 from sliceserve.server.cpu import saturates
 
@@ -18,6 +19,8 @@ COLUMNS = 16  # outputs whose weights of four bits vLLM puts together
 
 def stand_in_where_needed() -> torch.library.Library | None:
     """Bring the products that this CPU lacks, as long as what is returned is kept."""
+    if not current_platform.is_cpu():
+        return None
     if saturates():
         exact_in_eight_bits()
     if hasattr(torch.ops._C, FOUR_BITS):

@@ -1,13 +1,13 @@
 """On a machine with GPUs: slice there, and compare vLLM with Transformers in bfloat16.
 
-    python tests/gpu_agreement.py WORK_DIR [--layouts eager compiled]
+    python tests/gpu_agreement.py WORK_DIR [--layouts eager compiled] [--models low-rank fp8]
 
 Not collected by pytest, which must pass without a GPU. For a Llama with each form of rotation and a
 Phi, on one GPU, eager and compiled with CUDA graphs, and with two GPUs also tensor-parallel and
 pipeline-parallel, it prints the largest difference in logprob of the tokens that vLLM chose, over
-prompts fed to both, and exits with 1 above the tolerance of bfloat16. The same in fp8, against
-Transformers rounding alike in float32; then, with two GPUs, the all-reduces of one step, dense and
-sliced.
+prompts fed to both, and exits with 1 above the tolerance of bfloat16. The same in fp8 and in four
+bits, against Transformers rounding alike in float32; then, tensor-parallel, the all-reduces of one
+step, dense and sliced.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from conftest import save_tiny, tiny_config
-from rounding import round_joined, widened
+from rounding import round_joined, round_rotations, widened
 from test_vllm import generate_each, read_results, run_script
 from transformers import AutoModelForCausalLM, PhiConfig, PreTrainedConfig
 
@@ -25,15 +25,17 @@ from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.quantize import QuantizeOptions, run_quantize
 from sliceserve.slicing.report import describe
 
-# In bfloat16; and in fp8, where that moves values across the middle of two that there are.
-TOLERANCES = {False: 0.1, True: 0.5}
+TOLERANCE = 0.1  # in bfloat16
+TOLERANCE_FP8 = 0.5  # bfloat16 moves values across the middle of two that fp8 has
+GROUP_SIZE = 128
 PROMPTS = [[1, 2, 3, 4, 5], list(range(200)), [7, 9, 11] * 20]
 FORMS: dict[str, dict[str, Any]] = {
     "whole": dict(PAPER),
     "low-rank": {"rotation": "low-rank"},
     "shared": {"rotation": "shared"},
 }
-
+QUANTISED = ["fp8", "w4a16"]  # of the low-rank form
+MODELS = [*FORMS, "phi", *QUANTISED]
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
@@ -80,13 +82,46 @@ def difference(reference: Any, results: list[dict[str, Any]]) -> float:
     return worst
 
 
-def load_reference(directory: Path, wide: Path | None) -> Any:
-    """Load what vLLM is compared with: the checkpoint, or one in fp8 multiplied out."""
-    dtype = torch.bfloat16 if wide is None else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(wide or directory, dtype=dtype)
-    if wide is not None:
+def load_reference(name: str, directory: Path) -> Any:
+    """Load what vLLM is compared with: Transformers, rounding alike where something is rounded."""
+    if name == "fp8":
+        directory = widened(directory, directory.with_name("fp8-wide"))
+    dtype = torch.float32 if name in QUANTISED else torch.bfloat16
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    if name == "fp8":
         round_joined(model, stored=True)
+    elif name == "w4a16":
+        round_rotations(model, GROUP_SIZE, torch.bfloat16)
     return model.cuda().eval()
+
+
+def make_models(work: Path, names: list[str]) -> dict[str, Path]:
+    """Slice, and quantise, what is asked for; return the directories by name."""
+    dense = {name: make_dense(work / name, config) for name, config in dense_configs().items()}
+    sliced: dict[str, tuple[str, dict[str, Any]]] = {
+        form: ("llama", options) for form, options in FORMS.items()
+    }
+    sliced["phi"] = ("phi", FORMS["low-rank"])
+    needed = {"low-rank" if name in QUANTISED else name: None for name in names}
+    for name in needed:
+        model, options = sliced[name]
+        directory = work / f"{name}-sliced"
+        run = run_slice(
+            SliceOptions(
+                str(dense[model]), directory, samples=32, device="cuda", round_to=128, **options
+            )
+        )
+        print(name, describe(run.summary), run.stopwatch, flush=True)
+    found = {name: work / f"{name}-sliced" for name in names if name not in QUANTISED}
+    for scheme in (name for name in names if name in QUANTISED):
+        group = GROUP_SIZE if scheme == "w4a16" else None
+        run_quantize(
+            QuantizeOptions(
+                work / "low-rank-sliced", work / scheme, scheme, group, samples=8, device="cuda"
+            )
+        )
+        found[scheme] = work / scheme
+    return found
 
 
 def main() -> int:
@@ -94,21 +129,10 @@ def main() -> int:
     parser.add_argument("work", type=Path, metavar="WORK_DIR")
     fitting = list(LAYOUTS) if torch.cuda.device_count() > 1 else ["eager", "compiled"]
     parser.add_argument("--layouts", nargs="+", choices=fitting, default=fitting)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     arguments = parser.parse_args()
-    work: Path = arguments.work
-    models = {name: make_dense(work / name, config) for name, config in dense_configs().items()}
-    sliced = {form: ("llama", options) for form, options in FORMS.items()}
-    sliced["phi"] = ("phi", FORMS["low-rank"])
-    for name, (model, options) in sliced.items():
-        run = run_slice(
-            SliceOptions(
-                str(models[model]), work / f"{name}-sliced", samples=32, device="cuda", **options
-            )
-        )
-        print(name, describe(run.summary), run.stopwatch, flush=True)
-    directories = [work / f"{name}-sliced" for name in sliced]
-    run_quantize(QuantizeOptions(work / "low-rank-sliced", work / "fp8", "fp8"))
-    wide = widened(work / "fp8", work / "fp8-wide")
+    models = make_models(arguments.work, arguments.models)
+    references = {name: load_reference(name, directory) for name, directory in models.items()}
     passed = True
     for layout in arguments.layouts:
         settings = {
@@ -116,23 +140,23 @@ def main() -> int:
             "max_model_len": 512,
             "gpu_memory_utilization": 0.3,
         } | LAYOUTS[layout]
-        served = [*directories, work / "fp8"]
-        results = generate_each(served, PROMPTS, 32, settings, [{}] * len(served))
-        for directory, result in zip(served, results, strict=True):
-            in_fp8 = directory.name == "fp8"
-            reference = load_reference(directory, wide if in_fp8 else None)
-            found, tolerance = difference(reference, result), TOLERANCES[in_fp8]
+        results = generate_each(list(models.values()), PROMPTS, 32, settings, [{}] * len(models))
+        for name, result in zip(models, results, strict=True):
+            found = difference(references[name], result)
+            tolerance = TOLERANCE_FP8 if name == "fp8" else TOLERANCE
             passed = passed and found <= tolerance
             print(
-                f"{layout}, {directory.name}: largest logprob difference {found:.4f}, tolerance "
-                f"{tolerance}",
+                f"{layout}, {name}: largest logprob difference {found:.4f}, tolerance {tolerance}",
                 flush=True,
             )
-    if torch.cuda.device_count() > 1:
-        counted = [models["llama"], *directories[: len(FORMS)]]
+    if "tensor-parallel" in arguments.layouts:
+        counted = {"dense": arguments.work / "llama"} | models
+        counted = {name: path for name, path in counted.items() if name in ("dense", *FORMS)}
         options = {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.3}
-        counts = read_results(run_script("vllm_all_reduces.py", counted, {}, options), len(counted))
-        print("all-reduces a step, each rank:", dict(zip(["dense", *FORMS], counts, strict=True)))
+        run = run_script("vllm_all_reduces.py", list(counted.values()), {}, options)
+        counts = read_results(run, len(counted))
+        print("all-reduces a step, each rank:", dict(zip(counted, counts, strict=True)))
+        passed = passed and all(count == counts[0] for count in counts)
     return 0 if passed else 1
 
 

@@ -58,15 +58,15 @@ def round_joined(model: nn.Module, stored: bool) -> None:
             _round_written(layer.get_submodule(sublayer.norm), down, writer, up, stored)
 
 
-def round_rotations(model: nn.Module, group: int) -> None:
-    """Round low-rank rotations, held in float16, to four bits by a scale a group of inputs."""
+def round_rotations(model: nn.Module, group: int, dtype: torch.dtype = torch.float16) -> None:
+    """Round low-rank rotations, held in a dtype, to four bits by a scale a group of inputs."""
     for layer in (module for module in model.modules() if isinstance(module, SlicedLayer)):
         for rotation in layer.residual_rotation:
             for linear in rotation.children():
                 for columns in linear.weight.data.split(group, 1):
-                    half = columns.half().float()
+                    half = columns.to(dtype).float()
                     # The largest lies in the middle of two steps: where it goes, the scale decides.
-                    scale = (half.abs().amax(1, keepdim=True) / 7.5).half().float()
+                    scale = (half.abs().amax(1, keepdim=True) / 7.5).to(dtype).float()
                     columns.copy_((half / scale).round().clamp(-8, 7) * scale)
 
 
