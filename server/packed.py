@@ -36,7 +36,7 @@ def group_size(linear: LinearBase) -> int | None:
     scheme: Any = getattr(linear, "scheme", None)
     if (
         type(scheme).__name__ != STORED
-        or scheme.num_bits != FOUR_BITS.bits
+        or scheme.pack_factor != PACKED
         or not scheme.symmetric
         or getattr(scheme, "has_g_idx", False)
         or _rounds_inputs(linear.params_dtype)
