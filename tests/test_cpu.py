@@ -54,7 +54,8 @@ def test_it_is_vllms_own_product_that_is_tried() -> None:
     """Against a product by hand of numbers that saturate where any do."""
     x = torch.full((1, 32), 127, dtype=torch.int8)
     weight = torch.full((16, 32), 127, dtype=torch.int8)
-    handler = ops.create_onednn_scaled_mm(weight.t(), torch.ones(16), torch.float32, True, False)
+    scales = torch.ones(16)  # vLLM keeps no reference to it
+    handler = ops.create_onednn_scaled_mm(weight.t(), scales, torch.float32, True, False)
     out = torch.empty(1, 16)
     ops.onednn_scaled_mm(handler, x, out, torch.ones(1, 1), None, None, None)
     wrong = bool((out.double() != x.double() @ weight.double().T).any())
