@@ -1,8 +1,10 @@
 """Four-bit checkpoints: rounding against solutions by hand. In vLLM: `test_quantize`."""
 
 import json
+from fractions import Fraction
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sliceserve.server.models import check_dtype
+from sliceserve.server.packed import STORED, group_size
 from sliceserve.slicing.calibration import pick_windows
 from sliceserve.slicing.checkpoint import read_checkpoint_summary
 from sliceserve.slicing.cli import main
@@ -245,3 +248,22 @@ def test_no_rank_gets_a_part_of_a_group() -> None:
     assert tensor_parallel_sizes(config) == [1, 2, 4, 8, 16, 32]
     assert tensor_parallel_sizes(config, 128) == [1, 2]
     assert tensor_parallel_sizes(config, 64) == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"pack_factor": 8, "has_g_idx": False}, 64),
+        ({"pack_factor": Fraction(8), "num_bits": 4}, 64),
+        ({"pack_factor": 4, "has_g_idx": False}, None),
+        ({"pack_factor": 8, "has_g_idx": True}, None),
+    ],
+    ids=["0.24", "0.32", "eight-bits", "reordered"],
+)
+def test_rotations_join_what_either_end_of_vllm_calls_four_bits(
+    more: dict[str, Any], expected: int | None
+) -> None:
+    """With the fields that vLLM 0.24 and 0.32 give their schemes."""
+    scheme = type(STORED, (SimpleNamespace,), {})(symmetric=True, group_size=64, **more)
+    linear: Any = SimpleNamespace(scheme=scheme, params_dtype=torch.float16)
+    assert group_size(linear) == expected
