@@ -2,14 +2,14 @@
 
     python benchmarks/forms.py llama-2-7b OUT --fraction 0.25
     python benchmarks/forms.py llama-2-70b OUT --fraction 0.2 0.25 0.3 --tensor-parallel 2 \\
-        --fewer 1
+        --fewer 1 --gpus 2
 
 Every row runs in a process of its own and is kept in OUT/rows.jsonl, so that a run that was stopped
 goes on where it was; the table comes last. `--fewer N` adds the sliced models on N GPUs; `--gpus`
 says how many this machine has (the first of CUDA_VISIBLE_DEVICES, where that is set): rows that
-need fewer run beside each other. `--quantization` takes
-what vLLM quantises by while it loads (fp8_per_channel, …), and stored-int8, stored-w4a16 and
-stored-fp8 for what `sliceserve quantize` stores.
+need fewer run beside each other. `--quantization` takes what vLLM quantises by while it loads
+(fp8_per_channel, …), and stored-int8, stored-w4a16 and stored-fp8 for what `sliceserve quantize`
+stores.
 """
 
 import argparse
@@ -184,8 +184,7 @@ def run_rows(rows: list[Row], options: argparse.Namespace) -> dict[str, Any]:
     waiting = [row for row in rows if row.key not in done]
     if options.only:
         waiting = [row for row in waiting if any(text in row.key for text in options.only)]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(options.gpus))))
-    free, running = set(visible.split(",")[: options.gpus]), []
+    free, running = set(visible_gpus(options.gpus)), []
     end = time.monotonic() + options.time_limit
     with tqdm(total=len(waiting), desc="rows", unit="row") as bar:
         while waiting or running:
@@ -215,6 +214,13 @@ def run_rows(rows: list[Row], options: argparse.Namespace) -> dict[str, Any]:
                 break
             time.sleep(0.2)
     return done
+
+
+def visible_gpus(count: int) -> list[str]:
+    """Return what CUDA calls the first GPUs that this process may use, at most `count`."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = map(str, range(count)) if visible is None else filter(None, visible.split(","))
+    return list(names)[:count]
 
 
 def log_of(row: Row, options: argparse.Namespace) -> Path:
@@ -315,11 +321,16 @@ def main() -> int:
     for name in options.quantization:
         if name.startswith(STORED) and name.removeprefix(STORED) not in SCHEMES:
             parser.error(f"--quantization {name}: a scheme is one of {', '.join(SCHEMES)}")
+    if options.repeats < 1:
+        parser.error(f"--repeats {options.repeats}: at least 1")
     if options.row:
         full = not options.no_throughput
         result = measure(options.row, options.gpu_memory_utilization, full, options.repeats)
         print(MARK + json.dumps(result), flush=True)
         return 0
+    needed = max(options.tensor_parallel * options.pipeline_parallel, options.fewer or 1)
+    if needed > (found := len(visible_gpus(options.gpus))):
+        parser.error(f"--gpus {options.gpus}: a row needs {needed} and {found} can be used")
     rows = plan(options)
     done = run_rows(rows, options)
     print(table(rows, done))

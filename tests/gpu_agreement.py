@@ -22,12 +22,12 @@ from test_vllm import generate_each, read_results, run_script
 from transformers import AutoModelForCausalLM, PhiConfig, PreTrainedConfig
 
 from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
+from sliceserve.slicing.quantised import SCHEMES
 from sliceserve.slicing.quantize import QuantizeOptions, run_quantize
 from sliceserve.slicing.report import describe
 
 TOLERANCE = 0.1  # in bfloat16
 TOLERANCE_FP8 = 0.5  # bfloat16 moves values across the middle of two that fp8 has
-GROUP_SIZE = 128
 PROMPTS = [[1, 2, 3, 4, 5], list(range(200)), [7, 9, 11] * 20]
 FORMS: dict[str, dict[str, Any]] = {
     "whole": dict(PAPER),
@@ -91,13 +91,14 @@ def load_reference(name: str, directory: Path) -> Any:
     if name == "fp8":
         round_joined(model, stored=True)
     elif name == "w4a16":
-        round_rotations(model, GROUP_SIZE, torch.bfloat16)
+        round_rotations(model, SCHEMES["w4a16"].group_size, torch.bfloat16)
     return model.cuda().eval()
 
 
 def make_models(work: Path, names: list[str]) -> dict[str, Path]:
     """Slice, and quantise, what is asked for; return the directories by name."""
-    dense = {name: make_dense(work / name, config) for name, config in dense_configs().items()}
+    configs = dense_configs()
+    dense: dict[str, Path] = {}
     sliced: dict[str, tuple[str, dict[str, Any]]] = {
         form: ("llama", options) for form, options in FORMS.items()
     }
@@ -105,6 +106,8 @@ def make_models(work: Path, names: list[str]) -> dict[str, Path]:
     needed = {"low-rank" if name in QUANTISED else name: None for name in names}
     for name in needed:
         model, options = sliced[name]
+        if model not in dense:
+            dense[model] = make_dense(work / model, configs[model])
         directory = work / f"{name}-sliced"
         run = run_slice(
             SliceOptions(
@@ -114,10 +117,9 @@ def make_models(work: Path, names: list[str]) -> dict[str, Path]:
         print(name, describe(run.summary), run.stopwatch, flush=True)
     found = {name: work / f"{name}-sliced" for name in names if name not in QUANTISED}
     for scheme in (name for name in names if name in QUANTISED):
-        group = GROUP_SIZE if scheme == "w4a16" else None
         run_quantize(
             QuantizeOptions(
-                work / "low-rank-sliced", work / scheme, scheme, group, samples=8, device="cuda"
+                work / "low-rank-sliced", work / scheme, scheme, samples=8, device="cuda"
             )
         )
         found[scheme] = work / scheme
@@ -149,9 +151,9 @@ def main() -> int:
                 f"{layout}, {name}: largest logprob difference {found:.4f}, tolerance {tolerance}",
                 flush=True,
             )
-    if "tensor-parallel" in arguments.layouts:
-        counted = {"dense": arguments.work / "llama"} | models
-        counted = {name: path for name, path in counted.items() if name in ("dense", *FORMS)}
+    forms = {name: path for name, path in models.items() if name in FORMS}
+    if "tensor-parallel" in arguments.layouts and forms:
+        counted = {"dense": arguments.work / "llama"} | forms
         options = {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.3}
         run = run_script("vllm_all_reduces.py", list(counted.values()), {}, options)
         counts = read_results(run, len(counted))

@@ -64,10 +64,10 @@ def round_rotations(model: nn.Module, group: int, dtype: torch.dtype = torch.flo
         for rotation in layer.residual_rotation:
             for linear in rotation.children():
                 for columns in linear.weight.data.split(group, 1):
-                    half = columns.to(dtype).float()
+                    held = columns.to(dtype).float()
                     # The largest lies in the middle of two steps: where it goes, the scale decides.
-                    scale = (half.abs().amax(1, keepdim=True) / 7.5).to(dtype).float()
-                    columns.copy_((half / scale).round().clamp(-8, 7) * scale)
+                    scale = (held.abs().amax(1, keepdim=True) / 7.5).to(dtype).float()
+                    columns.copy_((held / scale).round().clamp(-8, 7) * scale)
 
 
 def _round_readers(linears: list[Any]) -> None:
