@@ -79,7 +79,11 @@ class Row:
 
 def measure(row: dict[str, Any], utilization: float, full: bool, repeats: int) -> dict[str, Any]:
     """Measure a model, best of `repeats` runs, on the GPUs that this process sees."""
+    # What is sent to the workers is a function.
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     from vllm import LLM, SamplingParams
+
+    from sliceserve.server.dummies import keep_stream
 
     start = time.perf_counter()
     llm = LLM(
@@ -97,6 +101,7 @@ def measure(row: dict[str, Any], utilization: float, full: bool, repeats: int) -
         enable_prefix_caching=False,
         compilation_config={"cudagraph_capture_sizes": CAPTURED},
     )
+    llm.apply_model(keep_stream)
     cache = llm.llm_engine.vllm_config.cache_config
     result = {
         "kv_tokens": cache.num_gpu_blocks * cache.block_size,

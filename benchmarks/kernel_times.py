@@ -4,7 +4,9 @@
 
 DIR needs a config only, as `forms.py` and `make_shape.py` write it: the weights are dummies. For
 each load the microseconds a step, by the clock and in kernels, and for each kernel those, how many
-times it runs in a step, the microseconds of one run, and its name.
+times it runs in a step, the microseconds of one run, and its name. The clock is read in the run
+whose kernels are recorded, and in one without a recording: a GPU at its limit of power slows down
+while it runs, so that kernels do not take the same time in both.
 """
 
 import argparse
@@ -27,8 +29,8 @@ LOADS = (
 
 def kernel_times(
     llm: Any, prompts: int, length: int, output: int
-) -> tuple[float, Counter[str], Counter[str]]:
-    """Return the seconds by the clock, and by kernel the number of runs and the microseconds."""
+) -> tuple[list[float], Counter[str], Counter[str]]:
+    """Return seconds by the clock, without and with recording, and kernels' runs and µs."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detokenize=False)
@@ -37,18 +39,20 @@ def kernel_times(
         for prompt in range(prompts)
     ]
     llm.generate(batch, sampling, use_tqdm=False)
-    start = time.perf_counter()
+    clocks = [time.perf_counter()]
     llm.generate(batch, sampling, use_tqdm=False)
-    clock = time.perf_counter() - start
+    clocks[0] = time.perf_counter() - clocks[0]
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        clocks.append(time.perf_counter())
         llm.generate(batch, sampling, use_tqdm=False)
+        clocks[1] = time.perf_counter() - clocks[1]
     runs: Counter[str] = Counter()
     times: Counter[str] = Counter()
     for event in recorded.events():
         if event.device_type.name == "CUDA":
             runs[event.name] += 1
             times[event.name] += event.device_time
-    return clock, runs, times
+    return clocks, runs, times
 
 
 def main() -> None:
@@ -61,6 +65,8 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the profiler sees this process only
     from vllm import LLM
 
+    from sliceserve.server.dummies import keep_stream
+
     llm = LLM(
         model=options.directory,
         load_format="dummy",
@@ -71,16 +77,18 @@ def main() -> None:
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
     )
+    llm.apply_model(keep_stream)
     for name, prompts, length, steps in LOADS:
-        clock, runs, times = kernel_times(llm, prompts, length, steps + 1)
+        clocks, runs, times = kernel_times(llm, prompts, length, steps + 1)
         if steps:
-            first_clock, first_runs, first_times = kernel_times(llm, prompts, length, 1)
-            clock -= first_clock
+            firsts, first_runs, first_times = kernel_times(llm, prompts, length, 1)
+            clocks = [clock - first for clock, first in zip(clocks, firsts, strict=True)]
             runs.subtract(first_runs)
             times.subtract(first_times)
         each = steps or 1
         inside = sum(times.values()) / each
-        print(f"{name}: {clock / each * 1e6:.0f} µs a step, {inside:.0f} µs in kernels")
+        alone, recorded = (clock / each * 1e6 for clock in clocks)
+        print(f"{name}: {alone:.0f} µs a step; {recorded:.0f} recorded, {inside:.0f} in kernels")
         for kernel, spent in times.most_common(SHOWN):
             count, one = runs[kernel] / each, spent / max(runs[kernel], 1)
             print(f"{spent / each:10.1f} {count:6.1f} × {one:8.2f}  {kernel[:110]}")

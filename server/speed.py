@@ -152,6 +152,9 @@ def measure_speed(model: str, parameters: int, options: SpeedOptions) -> Speed:
     if options.tensor_parallel_size * options.pipeline_parallel_size == 1:
         # Without a process between, an error comes out as itself.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    if options.load_format == "dummy":
+        # What is sent to the workers is a function.
+        os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     quiet_transformers()
     start = time.perf_counter()
     engine = _engine(model, options)
@@ -190,7 +193,7 @@ def _engine(model: str, options: SpeedOptions) -> Any:
     if options.gpu_memory_utilization is not None:
         further["gpu_memory_utilization"] = options.gpu_memory_utilization
     try:
-        return LLM(
+        engine = LLM(
             model=str(locate(model).directory),
             dtype=options.dtype,
             load_format=options.load_format,
@@ -203,6 +206,11 @@ def _engine(model: str, options: SpeedOptions) -> Any:
             enable_prefix_caching=False,
             **further,
         )
+        if options.load_format == "dummy":
+            from sliceserve.server.dummies import keep_stream
+
+            engine.apply_model(keep_stream)
+        return engine
     except Exception as error:
         # Everything is caught: bad models, too little memory, missing kernels, all its own.
         raise UserError(f"vLLM cannot load {model!r}: {reason(error)}") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from test_report import Page
+from test_vllm import read_results, run_script
 
 from sliceserve.server.speed import BatchSpeed, Speed, SpeedOptions, describe_speed
 from sliceserve.slicing.cli import main
@@ -79,6 +80,17 @@ def test_the_table_has_the_ratio_to_the_first_model() -> None:
     assert rows[1] == ["parameters", "1,000", "750", "0.750"]
     assert ["batch", "4:", "ITL,", "ms", "100.00", "80.00", "0.800"] in rows
     assert ["batch", "4:", "tokens/s", "40.0", "50.0", "1.250"] in rows
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_dummy_rotations_keep_the_stream(tiny_sliced: Path, beside: bool) -> None:
+    options: dict[str, Any] = {"dtype": "float32", "enable_lora": beside}
+    (found,) = read_results(run_script("vllm_dummies.py", [tiny_sliced], {}, options), 1)
+    rotations, before, after = found
+    assert rotations == 2 * (len(after) - 1)
+    ratios = [[sizes[1] / sizes[0], sizes[-1] / sizes[0]] for sizes in (before, after)]
+    assert max(ratios[0]) < 1e-3
+    assert ratios[1] == pytest.approx([1.0, 1.0], rel=0.5)
 
 
 def test_what_cannot_be_measured_is_said_in_one_sentence(
