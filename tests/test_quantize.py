@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import OTHER_CONFIGS, save_tiny
+from oldest import OLDEST
 from rounding import round_joined, round_rotations, widened
 from safetensors.torch import load_file, save_file
 from test_checkpoint import shard
@@ -114,14 +115,16 @@ def served(
     sliced: dict[str, Path],
     fp8: Path,
 ) -> dict[str, list[dict[str, Any]]]:
-    models = eight_bits | four_bits | {"fp8": fp8, "fp8 online": sliced["llama-tied"]}
+    models = eight_bits | four_bits | {"fp8": fp8}
     # Four-bit weights, and those that are quantised while they load, do not run in float32.
     variants: list[dict[str, Any]] = [
         *[{"dtype": "float32"}] * len(eight_bits),
         *[{"dtype": "float16"}] * len(four_bits),
         {"dtype": "float32"},
-        {"dtype": "float16", "quantization": "fp8_per_channel"},
     ]
+    if not OLDEST:  # whose kernels for CPUs round nothing to fp8 while it loads
+        models["fp8 online"] = sliced["llama-tied"]
+        variants.append({"dtype": "float16", "quantization": "fp8_per_channel"})
     results = generate_each(list(models.values()), PROMPTS, 6, EAGER, variants)
     return dict(zip(models, results, strict=True))
 
@@ -156,6 +159,8 @@ def test_rotations_join_linears_in_fp8(
         # A value near the middle of two that fp8 has is rounded up in one and down in the other.
         assert ours["logprobs"][:5] == pytest.approx(theirs["logprobs"][:5], abs=6e-2)
         assert ours["logprobs"][0] != pytest.approx(other["logprobs"][0], abs=1e-2)
+    if OLDEST:
+        return
     # In float16 other values lie near the middle of two that fp8 has.
     exact = greedy(sliced["llama-tied"], PROMPTS, 1)
     for ours, theirs in zip(served["fp8 online"], exact, strict=True):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import OTHER_CONFIGS, save_tiny
+from oldest import needs_drafts, needs_sharded_adapters
 from peft import LoraConfig, get_peft_model
 from test_vllm import EAGER, TOLERANCE, greedy, read_results, run_script
 from transformers import AutoModelForCausalLM
@@ -56,6 +57,7 @@ def check(outputs: list[dict[str, Any]], expected: list[dict[str, Any]], run: An
         assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=TOLERANCE), run
 
 
+@needs_drafts
 def test_prefixes_chunks_and_drafts_change_no_token(forms: dict[str, Path]) -> None:
     repeated = {"enable_prefix_caching": True, "block_size": 32, "max_num_batched_tokens": 16}
 
@@ -136,7 +138,12 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, P
     ("names", "options"),
     [
         pytest.param(["llama-tied", "opt", "phi3"], EAGER, id="eager"),
-        pytest.param(["llama-tied"], {"tensor_parallel_size": 2}, id="tp2-compiled"),
+        pytest.param(
+            ["llama-tied"],
+            {"tensor_parallel_size": 2},
+            id="tp2-compiled",
+            marks=needs_sharded_adapters,
+        ),
     ],
 )
 def test_adapters_give_the_tokens_of_merged_weights(

