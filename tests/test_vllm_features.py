@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import OTHER_CONFIGS, save_tiny
-from oldest import needs_drafts, needs_sharded_adapters
+from oldest import OLDEST, needs_drafts, needs_sharded_adapters
 from peft import LoraConfig, get_peft_model
 from test_vllm import EAGER, TOLERANCE, greedy, read_results, run_script
 from transformers import AutoModelForCausalLM
@@ -57,17 +57,27 @@ def check(outputs: list[dict[str, Any]], expected: list[dict[str, Any]], run: An
         assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=TOLERANCE), run
 
 
+REPEATED = {"enable_prefix_caching": True, "block_size": 32, "max_num_batched_tokens": 16}
+
+
+@pytest.mark.skipif(not OLDEST, reason="drafts are tested with them")
+def test_prefixes_and_chunks_change_no_token(forms: dict[str, Path]) -> None:
+    run = {"options": REPEATED, "rounds": 2}
+    results = run_each([(forms[name], run) for name in FORMS], EAGER)
+    for name, result in zip(FORMS, results, strict=True):
+        check(result["outputs"], greedy(forms[name], PROMPTS, TOKENS), name)
+        assert result["counters"]["vllm:prefix_cache_hits"] > 0, name
+
+
 @needs_drafts
 def test_prefixes_chunks_and_drafts_change_no_token(forms: dict[str, Path]) -> None:
-    repeated = {"enable_prefix_caching": True, "block_size": 32, "max_num_batched_tokens": 16}
-
     def drafted_by(name: str) -> dict[str, Any]:
         draft = {"method": "draft_model", "model": str(forms[name]), "num_speculative_tokens": 3}
         return {"speculative_config": draft}
 
     lookup = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
     runs = [
-        *((name, {"options": repeated | drafted_by(name), "rounds": 2}) for name in FORMS),
+        *((name, {"options": REPEATED | drafted_by(name), "rounds": 2}) for name in FORMS),
         ("dense", {"options": drafted_by("low-rank")}),
         # The last one: vLLM on a CPU starts no other engine in a process that has imported Numba.
         ("low-rank", {"options": {"speculative_config": lookup}}),
