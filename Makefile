@@ -41,7 +41,7 @@ quickstart: install model
 	$(BIN)/python benchmarks/quickstart.py $(MODEL) --work quickstart-output
 
 test: install model
-	$(BIN)/python -m pytest --smollm2 $(abspath $(MODEL)) $(TESTS)
+	$(BIN)/python -m pytest --smollm2=$(abspath $(MODEL)) $(TESTS)
 	@echo "left out: the built wheel (make test-wheel), the published perplexity (make test-slow)"
 
 # In an environment of its own; TESTS names some of them.
