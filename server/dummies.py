@@ -46,12 +46,12 @@ def _whole_rotation(layer: FusedDecoderLayer | SlicedDecoderLayer, index: int) -
     if isinstance(layer, SlicedDecoderLayer):
         rotation = layer.residual_rotation[index]
         return rotation.weight if isinstance(rotation, nn.Linear) else None
+    if layer.ranks[index] is not None:
+        return None  # of four bits there would be no weight
     writes: Any = layer.joined_writes[index]
     weight: Tensor = writes.weight
-    if layer.ranks[index] is not None or weight.ndim != 2:
-        return None
     _, size = layer.own_columns[index]
-    return weight.narrow(1, weight.shape[1] - size, size)
+    return weight.narrow(1, weight.shape[1] - size, size) if weight.ndim == 2 else None
 
 
 def _seed(layer: nn.Module, number: int) -> int:

@@ -17,16 +17,21 @@ from sliceserve.slicing.cli import main
 SHORT = ["--input-len", "8", "--output-len", "5", "--repeats", "1", "--enforce-eager"]
 
 
-@pytest.fixture(scope="module")
-def printed(tiny: Path, tiny_sliced: Path) -> dict[str, Any]:
-    """What the command prints as JSON, of two models."""
-    command = [Path(sys.executable).with_name("sliceserve"), "benchmark", tiny_sliced]
-    command += ["--against", tiny, "--batch-size", "1", "3", *SHORT, "--json"]
+def run_benchmark(*arguments: str) -> str:
+    """What the command prints."""
+    command = [Path(sys.executable).with_name("sliceserve"), "benchmark", *arguments, *SHORT]
     # Without it vLLM wants nearly all of the machine's memory.
     variables = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    fields: dict[str, Any] = json.loads(done.stdout)
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def printed(tiny: Path, tiny_sliced: Path) -> dict[str, Any]:
+    """What the command prints as JSON, of two models."""
+    options = ["--against", str(tiny), "--batch-size", "1", "3", "--json"]
+    fields: dict[str, Any] = json.loads(run_benchmark(str(tiny_sliced), *options))
     return fields
 
 
@@ -83,20 +88,8 @@ def test_the_table_has_the_ratio_to_the_first_model() -> None:
 
 
 def test_dummy_weights_are_measured(tiny_sliced: Path) -> None:
-    command = [
-        "benchmark",
-        str(tiny_sliced),
-        "--load-format",
-        "dummy",
-        "--dtype",
-        "float32",
-        *SHORT,
-    ]
-    command = [sys.executable, "-m", "sliceserve.slicing.cli", *command, "--batch-size", "1"]
-    variables = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "batch 1: tokens/s" in done.stdout
+    options = ["--load-format", "dummy", "--dtype", "float32", "--batch-size", "1"]
+    assert "batch 1: tokens/s" in run_benchmark(str(tiny_sliced), *options)
 
 
 @pytest.mark.parametrize("beside", [False, True])

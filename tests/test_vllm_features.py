@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import OTHER_CONFIGS, save_tiny
-from oldest import OLDEST, needs_drafts, needs_sharded_adapters
+from oldest import needs_drafts, needs_sharded_adapters
 from peft import LoraConfig, get_peft_model
 from test_vllm import EAGER, TOLERANCE, greedy, read_results, run_script
 from transformers import AutoModelForCausalLM
@@ -60,7 +60,6 @@ def check(outputs: list[dict[str, Any]], expected: list[dict[str, Any]], run: An
 REPEATED = {"enable_prefix_caching": True, "block_size": 32, "max_num_batched_tokens": 16}
 
 
-@pytest.mark.skipif(not OLDEST, reason="drafts are tested with them")
 def test_prefixes_and_chunks_change_no_token(forms: dict[str, Path]) -> None:
     run = {"options": REPEATED, "rounds": 2}
     results = run_each([(forms[name], run) for name in FORMS], EAGER)
