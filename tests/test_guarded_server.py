@@ -7,8 +7,10 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx
@@ -168,13 +170,22 @@ def wait_for_status(server: ServerProcess, wanted: Callable[[Any], bool]) -> Non
 
 
 def test_the_status_counts_what_runs(server: ServerProcess) -> None:
-    with stream(server, FIXED_KEY, tokens=450) as answer:
-        lines = answer.iter_lines()
-        next(lines)
-        with stopped(server.engine()):
-            wait_for_status(server, lambda found: found["requests_running"] == 1)
-            assert status_of(server)["requests_waiting"] == 0
-        list(lines)
+    seen = Event()
+
+    def ask_until_seen() -> None:
+        while not seen.is_set():
+            assert post(server, FIXED_KEY, max_tokens=450).status_code == 200
+
+    with ThreadPoolExecutor(1) as pool:
+        # One answer alone can be over before the status is asked for.
+        asking = pool.submit(ask_until_seen)
+        try:
+            wait_for_status(
+                server, lambda now: (now["requests_running"], now["requests_waiting"]) == (1, 0)
+            )
+        finally:
+            seen.set()
+        asking.result()
     wait_for_status(server, lambda found: found["generation_tokens_per_second"] > 0)
     wait_for_status(server, lambda found: found["requests_running"] == 0)
     assert status_of(server)["time_to_first_token_seconds"] > 0
