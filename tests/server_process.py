@@ -18,6 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 START_SECONDS = 300
 STOP_SECONDS = 60
+# The second has the engine work as with one GPU, without another process for the worker.
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,13 @@ def stopped(process: int) -> Iterator[None]:
 
 
 def stream(server: ServerProcess, key: str, tokens: int, prompt: str = "hi") -> Any:
-    """A streamed completion, to be read within a block."""
+    """A streamed completion, to be read within a block; its last event tells its tokens."""
     body = {"model": "sliced", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
     headers = {"Authorization": f"Bearer {key}"}
     return httpx.stream(
         "POST",
         f"{server.url}/v1/completions",
-        json=body | {"stream": True},
+        json=body | {"stream": True, "stream_options": {"include_usage": True}},
         headers=headers,
         timeout=120,
     )
@@ -134,6 +136,7 @@ def ends_with_its_engine(server: ServerProcess, key: str, fail: Callable[[int], 
         assert answer.status_code == 200
         whole = pool.submit(post, server, key, max_tokens=500)
         while sample(server, "sliceserve_running_requests", key) < 2:
+            assert not whole.done(), whole.result().text
             time.sleep(0.05)
         fail(engine)
         rest = "".join(answer.iter_lines())
@@ -161,11 +164,14 @@ def scraped_to_its_end(server: ServerProcess, key: str) -> int:
     return code
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that nobody else is given within the block, for one who binds it as servers do."""
+    with socket.socket() as held:
+        # Two sockets may have a port with this, of which one listens.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 @contextmanager
@@ -173,10 +179,12 @@ def serving(
     directory: Path, log: Path, *options: str, **environment: str
 ) -> Iterator[ServerProcess]:
     """A server that may still be starting; nothing of it is left after the block."""
-    port = free_port()
     command = [str(Path(sys.executable).with_name("sliceserve")), "serve", str(directory)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    with started([*command, "--enforce-eager", *options], port, log, environment) as server:
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", *options]
+    with (
+        reserved_port() as port,
+        started([*command, "--port", str(port)], port, log, environment) as server,
+    ):
         yield server
 
 
@@ -190,7 +198,7 @@ def started(
             command,
             stdout=sink,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment,
+            env=os.environ | ENVIRONMENT | environment,
             start_new_session=True,
         )
     try:

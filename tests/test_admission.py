@@ -18,13 +18,13 @@ from sliceserve.server.admission import Admission, Limits
 from sliceserve.server.health import Health, Lifecycle, Phase
 from sliceserve.server.listener import Listener
 
-LIMITS = Limits(requests=2, body_bytes=1000, body_seconds=0.2)
+LIMITS = Limits(requests=2, body_bytes=1000, body_seconds=60)
 
 
 class Slow:
     """An application whose requests end when they are let."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits = LIMITS) -> None:
         self.begun = 0
         self.going = asyncio.Event()
         routes = [
@@ -32,7 +32,7 @@ class Slow:
             Route("/slow", self.slow, methods=["POST"]),
             Route("/v1/completions", self.complete, methods=["POST"]),
         ]
-        self.admission = Admission(Starlette(routes=routes), LIMITS)
+        self.admission = Admission(Starlette(routes=routes), limits)
 
     async def echo(self, request: Request) -> PlainTextResponse:
         return PlainTextResponse(await request.body())
@@ -168,7 +168,7 @@ def test_the_size_of_a_body_is_bounded(announced: bool, size: int, status: int) 
 
 def test_a_body_that_never_ends_is_given_up_and_takes_no_room() -> None:
     async def scenario() -> None:
-        slow = Slow()
+        slow = Slow(Limits(requests=2, body_bytes=1000, body_seconds=0.2))
 
         async def never() -> Any:
             assert not slow.admission.full

@@ -343,7 +343,7 @@ def test_the_openai_client_does_not_repeat_what_took_too_long() -> None:
     async def scenario() -> None:
         application = Application()
         app = Deadline(
-            Starlette(routes=[Route("/v1/completions", application.wait, methods=["POST"])]), 0.2
+            Starlette(routes=[Route("/v1/completions", application.wait, methods=["POST"])]), 1
         )
         server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_level="critical"))
         serving = asyncio.ensure_future(server.serve())

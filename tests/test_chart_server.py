@@ -15,7 +15,7 @@ from browser import needs_chromium, opened
 from helm_render import CHART, Manifest, of_kind, render, scenario
 from playwright.sync_api import expect
 from safetensors.torch import load_file
-from server_process import ServerProcess, free_port, started
+from server_process import ServerProcess, reserved_port, started
 
 KEY = "key-of-alice"
 BIN = Path(sys.executable).parent
@@ -34,11 +34,12 @@ def environment(container: Manifest, places: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def manifests() -> list[Manifest]:
+def manifests() -> Iterator[list[Manifest]]:
     values = scenario(CHART / "ci" / "cpu-values.yaml")
     values["model"]["servedName"] = "small"
-    values["server"] |= {"port": free_port(), "maxModelLen": 256}
-    return render(values | {"auth": {"existingSecret": "keys"}})
+    with reserved_port() as port:
+        values["server"] |= {"port": port, "maxModelLen": 256}
+        yield render(values | {"auth": {"existingSecret": "keys"}})
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +82,9 @@ def test_probes_find_the_rendered_server(
 
 def test_the_rendered_server_wants_the_key_of_the_secret(server: ServerProcess) -> None:
     server.wait_for("/readyz", 200)
-    assert httpx.get(f"{server.url}/v1/models").status_code == 401
+    assert httpx.get(f"{server.url}/v1/models", timeout=60).status_code == 401
     known: dict[str, Any] = httpx.get(
-        f"{server.url}/v1/models", headers={"Authorization": f"Bearer {KEY}"}
+        f"{server.url}/v1/models", headers={"Authorization": f"Bearer {KEY}"}, timeout=60
     ).json()
     (model,) = known["data"]
     assert (model["id"], model["max_model_len"]) == ("small", 256)

@@ -4,9 +4,9 @@ import logging
 import os
 from pathlib import Path
 
-import out_of_memory
 import pytest
-from server_process import STOP_SECONDS, serving, wait_until_gone
+import told_engine
+from server_process import START_SECONDS, serving, wait_until_gone
 
 from sliceserve.server.failure import FILE, shared_failure, tell_failures
 
@@ -53,13 +53,11 @@ def test_nobody_is_told_who_does_not_ask(logger: logging.Logger) -> None:
 def test_out_of_memory_while_loading_is_the_last_word(tiny_sliced: Path, tmp_path: Path) -> None:
     memory = tmp_path / "memory"
     memory.mkdir()
-    out_of_memory.installed(memory)
+    told_engine.installed(memory)
     (memory / "load").touch()
     log = tmp_path / "log"
     with serving(tiny_sliced, log, PYTHONPATH=str(memory)) as server:
-        assert server.process.wait(STOP_SECONDS) == 1
+        assert server.process.wait(START_SECONDS) == 1
         wait_until_gone(server.process.pid)
     lines = [line for line in log.read_text().splitlines() if "app.py" in line]
-    assert lines[-1].endswith(
-        f"The engine did not start: OutOfMemoryError: {out_of_memory.MESSAGE}"
-    )
+    assert lines[-1].endswith(f"The engine did not start: OutOfMemoryError: {told_engine.MESSAGE}")

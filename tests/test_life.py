@@ -48,7 +48,7 @@ def test_a_second_signal_ends_at_once() -> None:
         chunks = answer.iter_bytes()
         assert next(chunks) == b"begun"
         started.send_signal(signal.SIGTERM)
-        assert httpx.get(url).status_code == 503
+        assert httpx.get(url, timeout=LIMIT_S).status_code == 503
         started.send_signal(signal.SIGINT)
         code, output = end_of(started)
         assert code == 128 + signal.SIGINT
@@ -57,7 +57,7 @@ def test_a_second_signal_ends_at_once() -> None:
 
 def test_an_idle_server_leaves_without_waiting() -> None:
     with process(10_000) as (started, url):
-        assert httpx.get(f"{url}/metrics").text == "begun"
+        assert httpx.get(f"{url}/metrics", timeout=LIMIT_S).text == "begun"
         started.send_signal(signal.SIGTERM)
         assert end_of(started)[0] == 0
 

@@ -32,13 +32,13 @@ def test_tls_holds_while_the_model_loads(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as bound:
         address = f"127.0.0.1:{bound.getsockname()[1]}"
         with listening(guarded(still_starting, access, Lifecycle()), args, bound):
-            assert httpx.get(f"https://{address}/livez", verify=trust).status_code == 200
-            assert httpx.get(f"https://{address}/v1/models", verify=trust).status_code == 401
-            headers = {"Authorization": "Bearer key"}
-            answer = httpx.get(f"https://{address}/v1/models", verify=trust, headers=headers)
-            assert answer.status_code == 503
+            with httpx.Client(base_url=f"https://{address}", verify=trust, timeout=60) as client:
+                assert client.get("/livez").status_code == 200
+                assert client.get("/v1/models").status_code == 401
+                answer = client.get("/v1/models", headers={"Authorization": "Bearer key"})
+                assert answer.status_code == 503
             with pytest.raises(httpx.TransportError):
-                httpx.get(f"http://{address}/livez")
+                httpx.get(f"http://{address}/livez", timeout=60)
 
 
 def test_who_connects_between_two_listeners_waits_for_the_second() -> None:
@@ -60,7 +60,7 @@ def test_who_connects_between_two_listeners_waits_for_the_second() -> None:
     with socket.create_server(("127.0.0.1", 0)) as bound:
         address = bound.getsockname()
         with listening(app, args, bound):
-            assert httpx.get(f"http://127.0.0.1:{address[1]}/livez").status_code == 200
+            assert httpx.get(f"http://127.0.0.1:{address[1]}/livez", timeout=60).status_code == 200
         with socket.create_connection(address, timeout=60) as early:
             early.sendall(b"GET /livez HTTP/1.1\r\nHost: server\r\n\r\n")
             asyncio.run(second(bound))

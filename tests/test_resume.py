@@ -74,19 +74,32 @@ def test_a_run_that_ends_after_any_part_goes_on(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+STOPS = """
+import os, signal, sys
+from sliceserve.slicing.cli import main
+from sliceserve.slicing.progress import Progress
+
+finish_part = Progress.finish_part
+
+def finish_and_stop(*arguments):
+    finish_part(*arguments)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+Progress.finish_part = finish_and_stop
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_a_killed_run_goes_on(tiny: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
     arguments = ["slice", str(tiny), "--output", str(tmp_path / "out"), "--fraction", "0.3",
                  "--samples", "100", "--sequence-length", "64"]  # fmt: skip
     arguments += [f"--{name}={value}" for name, value in PAPER.items()]
-    command = [sys.executable, "-m", "sliceserve.slicing.cli", *arguments]
+    command = [sys.executable, "-c", STOPS, *arguments]
     state = tmp_path / ".out.partial/unfinished/state.json"
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
-        while not state.exists():
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        os.kill(process.pid, signal.SIGKILL)
+    with subprocess.Popen(command) as process:
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        assert state.exists()
+        process.kill()
     assert not (tmp_path / "out").exists()
     assert process.returncode == -signal.SIGKILL
     for number, size in enumerate(json.loads(state.read_text())["part_bytes"]):

@@ -28,7 +28,7 @@ from helm_render import (
     series_of,
 )
 from prometheus_client.parser import text_string_to_metric_families
-from server_process import STOP_SECONDS, free_port, serving, wait_until_gone
+from server_process import STOP_SECONDS, reserved_port, serving, wait_until_gone
 from transformers import AutoTokenizer
 
 from sliceserve.server.serve import confine, main, make_parser, parse_arguments
@@ -317,8 +317,9 @@ def test_port_in_use_is_named(tiny_sliced: Path) -> None:
 
 
 def test_impossible_option_value_is_one_sentence(tiny_sliced: Path) -> None:
-    with pytest.raises(UserError, match=r"max_model_len \(99999999\)") as caught:
-        main([str(tiny_sliced), "--port", str(free_port()), "--max-model-len", "99999999"])
+    wanted = pytest.raises(UserError, match=r"max_model_len \(99999999\)")
+    with reserved_port() as port, wanted as caught:
+        main([str(tiny_sliced), "--port", str(port), "--max-model-len", "99999999"])
     assert "\n" not in str(caught.value)
 
 
@@ -395,13 +396,15 @@ def prometheus(server: Server, tmp_path: Path) -> Iterator[httpx.Client]:
         "scrape_configs": [{"job_name": "sliceserve", "static_configs": targets}],
     }
     (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
-    address = f"127.0.0.1:{free_port()}"
     command = [binary, f"--config.file={tmp_path / 'prometheus.yml'}"]
-    command += [f"--storage.tsdb.path={tmp_path / 'data'}", f"--web.listen-address={address}"]
+    command += [f"--storage.tsdb.path={tmp_path / 'data'}"]
     with (
+        reserved_port() as port,
         (tmp_path / "log").open("wb") as log,
-        subprocess.Popen(command, stdout=log, stderr=log) as process,
-        httpx.Client(base_url=f"http://{address}/api/v1", timeout=10) as api,
+        subprocess.Popen(
+            [*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log
+        ) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=10) as api,
     ):
         yield api
         process.terminate()

@@ -92,9 +92,11 @@ def answering(*keys: str) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as bound:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}/"
-        server.should_exit = True
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}/"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @pytest.fixture
@@ -133,7 +135,7 @@ class Markup(HTMLParser):
 
 
 def test_the_headers_allow_what_is_in_the_page_and_nothing_else(address: str) -> None:
-    answer = httpx.get(address)
+    answer = httpx.get(address, timeout=60)
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
     assert answer.headers["x-content-type-options"] == "nosniff"
@@ -171,12 +173,12 @@ def test_only_the_empty_page_is_open(address: str) -> None:
         ("POST", ""), ("OPTIONS", ""), ("GET", "/"), ("GET", "status.json"), ("GET", "status.js"),
         ("GET", "index.html"), ("GET", "data/status.js"), ("GET", "favicon.ico"),
     ):  # fmt: skip
-        assert httpx.request(method, address + path).status_code == 401, (method, path)
-    refused = httpx.get(f"{address}status.json", auth=("anyone", KEY))
+        assert httpx.request(method, address + path, timeout=60).status_code == 401, (method, path)
+    refused = httpx.get(f"{address}status.json", auth=("anyone", KEY), timeout=60)
     assert refused.status_code == 401, "no browser is asked to keep the key"
     assert refused.headers["www-authenticate"].startswith("Bearer ")
     with answering() as keyless:
-        assert httpx.get(f"{keyless}status.json").json() == STATUS
+        assert httpx.get(f"{keyless}status.json", timeout=60).json() == STATUS
 
 
 @needs_chromium
@@ -234,7 +236,9 @@ def test_a_wrong_key_is_asked_for_again_by_the_keyboard_alone(address: str) -> N
         for name in ("limit", "send"):
             page.keyboard.press("Tab")
             expect(page.locator(f"#{name}")).to_be_focused()
-        assert ["401" in complaint for complaint in complaints] == [True]
+        # More than one where the page asked by itself meanwhile.
+        assert complaints
+        assert [complaint for complaint in complaints if "401" not in complaint] == []
 
 
 @needs_chromium

@@ -45,13 +45,15 @@ def run_script(
 ) -> subprocess.CompletedProcess[str]:
     script = Path(__file__).with_name(name)
     request = request | {"directories": [str(directory) for directory in directories]}
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        # The engine in the same process: another start of Python and vLLM takes most of the time.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
     if options.get("tensor_parallel_size") or options.get("pipeline_parallel_size"):
         # Two workers share the cores; vLLM's own binding wants a NUMA node for each.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
-    else:
-        # The engine in the same process: another start of Python and vLLM takes most of the time.
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return subprocess.run(
         [sys.executable, str(script), json.dumps(request | {"options": options})],
         capture_output=True,

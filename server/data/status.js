@@ -104,7 +104,10 @@ function forgetFigures() {
 
 async function pollStatus() {
   if (locked) return;
+  const asked = key;
   const response = await poll("status.json").catch(() => null);
+  // The answer to another key says nothing of this one.
+  if (key !== asked) return;
   if (response?.status === 401) lock(await messageOf(response));
   if (!response?.ok) {
     forgetFigures();

@@ -1,23 +1,26 @@
-"""A vLLM plugin for tests, by which an engine is out of GPU memory once it is told so.
+"""A vLLM plugin for tests, by which an engine does what it is told.
 
 `installed` makes the directory that a server's `PYTHONPATH` has to name. In it, a file `load` makes
-the loading of the model fail, and a file `step` the next step of the engine.
+the loading of the model run out of GPU memory, a file `step` the next step of the engine, with
+a file `hold` the model that is loaded waits for its end, and with a file `slow` steps take longer.
 """
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+SLOW_S = 0.1
 MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
 def installed(directory: Path) -> Path:
     """Make the directory a place where Python finds the plugin."""
     shutil.copy(__file__, directory)
-    metadata = directory / "out_of_memory-0.dist-info"
+    metadata = directory / "told_engine-0.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: out-of-memory\nVersion: 0\n")
-    entry = "[vllm.general_plugins]\nout_of_memory = out_of_memory:register\n"
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: told-engine\nVersion: 0\n")
+    entry = "[vllm.general_plugins]\ntold_engine = told_engine:register\n"
     (metadata / "entry_points.txt").write_text(entry)
     return directory
 
@@ -29,16 +32,23 @@ def register() -> None:
 
     step = WorkerWrapperBase.execute_model
 
+    def is_told(name: str) -> bool:
+        return Path(__file__).with_name(name).exists()
+
     def fail_if_told(name: str) -> None:
-        if Path(__file__).with_name(name).exists():
+        if is_told(name):
             raise torch.OutOfMemoryError(MESSAGE)
 
-    def load_model(self: Any, **options: Any) -> Any:
+    def load_model(self: Any, **options: Any) -> None:
         fail_if_told("load")
-        return self.worker.load_model(**options)
+        self.worker.load_model(**options)
+        while is_told("hold"):
+            time.sleep(0.01)
 
     def execute_model(self: Any, *arguments: Any, **options: Any) -> Any:
         fail_if_told("step")
+        if is_told("slow"):
+            time.sleep(SLOW_S)
         return step(self, *arguments, **options)
 
     WorkerWrapperBase.load_model = load_model
