@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from conftest import save_tiny, tiny_config
 from rounding import round_joined, round_rotations, widened
-from test_vllm import generate_each, read_results, run_script
+from test_vllm import generate_each, read_results, run_vllm
 from transformers import AutoModelForCausalLM, PhiConfig, PreTrainedConfig
 
 from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
@@ -154,9 +154,9 @@ def main() -> int:
     forms = {name: path for name, path in models.items() if name in FORMS}
     if "tensor-parallel" in arguments.layouts and forms:
         counted = {"dense": arguments.work / "llama"} | forms
-        options = {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.3}
-        run = run_script("vllm_all_reduces.py", list(counted.values()), {}, options)
-        counts = read_results(run, len(counted))
+        options = {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.3, "enforce_eager": True}
+        run = run_vllm(list(counted.values()), PROMPTS, 1, options, [{}] * len(counted), count=True)
+        counts = [found["all_reduces"] for found in read_results(run, len(counted))]
         print("all-reduces a step, each rank:", dict(zip(counted, counts, strict=True)))
         passed = passed and all(count == counts[0] for count in counts)
     return 0 if passed else 1

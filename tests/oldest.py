@@ -6,8 +6,8 @@ from vllm.platforms import current_platform
 
 OLDEST = current_platform.is_cpu() and vllm.__version__.startswith("0.24.")
 
-# Its kernels for CPUs do not take what its sampler gives them.
-needs_drafts = pytest.mark.skipif(OLDEST, reason="vLLM 0.24 has no speculative decoding on a CPU")
+# Its kernels for CPUs do not take what its sampler gives them for speculative decoding.
+DRAFTS = not OLDEST
 # It gathers the product of a factor of which every rank has all: on a CPU the shapes do not fit.
 needs_sharded_adapters = pytest.mark.skipif(
     OLDEST, reason="vLLM 0.24 has no adapters under tensor parallelism on a CPU"

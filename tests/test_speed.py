@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from server_process import ENVIRONMENT
 from test_report import Page
 from test_vllm import read_results, run_script
 
@@ -20,8 +21,7 @@ SHORT = ["--input-len", "8", "--output-len", "5", "--repeats", "1", "--enforce-e
 def run_benchmark(*arguments: str) -> str:
     """What the command prints."""
     command = [Path(sys.executable).with_name("sliceserve"), "benchmark", *arguments, *SHORT]
-    # Without it vLLM wants nearly all of the machine's memory.
-    variables = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    variables = os.environ | ENVIRONMENT
     done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -92,15 +92,20 @@ def test_dummy_weights_are_measured(tiny_sliced: Path) -> None:
     assert "batch 1: tokens/s" in run_benchmark(str(tiny_sliced), *options)
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_dummy_rotations_keep_the_stream(tiny_sliced: Path, beside: bool) -> None:
-    options: dict[str, Any] = {"dtype": "float32", "enable_lora": beside}
-    (found,) = read_results(run_script("vllm_dummies.py", [tiny_sliced], {}, options), 1)
-    rotations, before, after = found
-    assert rotations == 2 * (len(after) - 1)
-    ratios = [[sizes[1] / sizes[0], sizes[-1] / sizes[0]] for sizes in (before, after)]
-    assert max(ratios[0]) < 1e-3
-    assert ratios[1] == pytest.approx([1.0, 1.0], rel=0.5)
+def test_dummy_rotations_keep_the_stream(tiny_sliced: Path) -> None:
+    request = {"variants": [{"enable_lora": beside} for beside in (False, True)]}
+    run = run_script("vllm_dummies.py", [tiny_sliced], request, {"dtype": "float32"})
+    zeros, *kept = read_results(run, 3)
+    assert zeros["rotations"] == 0
+    assert max(ratios(zeros["sizes"])) < 1e-3
+    for found in kept:
+        assert found["rotations"] == 2 * (len(found["sizes"]) - 1)
+        assert ratios(found["sizes"]) == pytest.approx([1.0, 1.0], rel=0.5)
+
+
+def ratios(sizes: list[float]) -> list[float]:
+    """The stream after the first layer and the last, to that before them."""
+    return [sizes[1] / sizes[0], sizes[-1] / sizes[0]]
 
 
 def test_what_cannot_be_measured_is_said_in_one_sentence(

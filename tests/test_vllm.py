@@ -30,13 +30,16 @@ def run_vllm(
     options: dict[str, Any],
     variants: list[dict[str, Any]] | None = None,
     apart: bool = False,
+    count: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Generate with each of some models, in float32 or by options of its own.
 
-    With `apart`, attention on the CPU is made to write rows that lie apart.
+    With `apart`, attention on the CPU is made to write rows that lie apart; with `count`, the
+    all-reduces of a step are counted, which shows those that are not compiled.
     """
     variants = variants or [{"dtype": "float32"}] * len(directories)
-    request = {"prompts": prompts, "tokens": tokens, "variants": variants, "apart": apart}
+    request = {"prompts": prompts, "tokens": tokens, "variants": variants}
+    request |= {"apart": apart, "count": count}
     return run_script("vllm_generate.py", directories, request, options)
 
 
@@ -72,7 +75,7 @@ def generate_each(
     apart: bool = False,
 ) -> list[list[dict[str, Any]]]:
     result = run_vllm(directories, prompts, tokens, options, variants, apart)
-    return read_results(result, len(directories))
+    return [found["outputs"] for found in read_results(result, len(directories))]
 
 
 def read_results(result: subprocess.CompletedProcess[str], count: int) -> list[Any]:
@@ -150,13 +153,8 @@ def others(tmp_path_factory: pytest.TempPathFactory, uneven: Path) -> dict[str, 
         ),
         pytest.param(["uneven", "phi", "llama-tied-low-rank"], {}, True, id="compiled-rows-apart"),
         pytest.param(
-            ["uneven", "phi", "llama-tied-low-rank"],
-            EAGER | {"tensor_parallel_size": 2},
-            False,
-            id="tp2",
-        ),
-        pytest.param(
-            ["uneven", "opt", "llama-tied-low-rank"],
+            # vLLM on a CPU runs no stages without compilation.
+            ["opt", "llama-tied-low-rank"],
             {"pipeline_parallel_size": 2},
             False,
             id="pp2-compiled",
@@ -167,21 +165,33 @@ def test_vllm_agrees_for_every_architecture(
     names: list[str], options: dict[str, Any], apart: bool, others: dict[str, Path]
 ) -> None:
     models = [others[name] for name in names]
-    results = generate_each(models, PROMPTS, 12, options, apart=apart)
-    for name, got in zip(names, results, strict=True):
-        expected = greedy(others[name], PROMPTS, tokens=12)
-        for ours, theirs in zip(got, expected, strict=True):
-            assert ours["tokens"] == theirs["tokens"], name
-            assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=TOLERANCE), name
+    for model, got in zip(
+        models, generate_each(models, PROMPTS, 12, options, apart=apart), strict=True
+    ):
+        check_agreement(model, got)
 
 
-def test_rotations_need_no_all_reduce_of_their_own(others: dict[str, Path], uneven: Path) -> None:
+def check_agreement(model: Path, got: list[dict[str, Any]]) -> None:
+    """Check against Transformers."""
+    for ours, theirs in zip(got, greedy(model, PROMPTS, tokens=12), strict=True):
+        assert ours["tokens"] == theirs["tokens"], model
+        assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=TOLERANCE), model
+
+
+def test_two_ranks_agree_and_rotations_need_no_all_reduce_of_their_own(
+    others: dict[str, Path], uneven: Path
+) -> None:
     """One for the embedding and one a sublayer, as in the dense model."""
-    models = [uneven.with_name("dense"), uneven, others["llama-tied-low-rank"]]
-    options = {"tensor_parallel_size": 2, "dtype": "float32"}
-    counts = read_results(run_script("vllm_all_reduces.py", models, {}, options), len(models))
-    layers = json.loads((uneven / "config.json").read_text())["num_hidden_layers"]
-    assert counts == [[1 + 2 * layers] * 2] * 3
+    dense = uneven.with_name("dense")
+    models = [dense, uneven, others["phi"], others["llama-tied-low-rank"]]
+    options = EAGER | {"tensor_parallel_size": 2}
+    results = read_results(run_vllm(models, PROMPTS, 12, options, count=True), len(models))
+    for model, result in zip(models, results, strict=True):
+        check_agreement(model, result["outputs"])
+        config = json.loads((model / "config.json").read_text())
+        # Phi's attention and MLP share a sublayer.
+        sublayers = (1 if model == others["phi"] else 2) * config["num_hidden_layers"]
+        assert result["all_reduces"] == [1 + sublayers] * 2, model
 
 
 def test_fraction_zero_gives_the_dense_models_tokens(
@@ -194,8 +204,7 @@ def test_fraction_zero_gives_the_dense_models_tokens(
     )
     run = run_slice(options, show_progress=False)
     assert run.summary.slicing.widths == [576] * 61
-    expected = generate(smollm2, prompts, 24, EAGER)
-    got = generate(rotated, prompts, 24, EAGER)
+    expected, got = generate_each([smollm2, rotated], prompts, 24, EAGER)
     assert [one["tokens"] for one in got] == [one["tokens"] for one in expected]
     for ours, theirs in zip(got, expected, strict=True):
         assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=TOLERANCE)

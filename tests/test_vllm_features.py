@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import OTHER_CONFIGS, save_tiny
-from oldest import needs_drafts, needs_sharded_adapters
+from oldest import DRAFTS, needs_sharded_adapters
 from peft import LoraConfig, get_peft_model
 from test_vllm import EAGER, TOLERANCE, greedy, read_results, run_script
 from transformers import AutoModelForCausalLM
@@ -60,37 +60,29 @@ def check(outputs: list[dict[str, Any]], expected: list[dict[str, Any]], run: An
 REPEATED = {"enable_prefix_caching": True, "block_size": 32, "max_num_batched_tokens": 16}
 
 
-def test_prefixes_and_chunks_change_no_token(forms: dict[str, Path]) -> None:
-    run = {"options": REPEATED, "rounds": 2}
-    results = run_each([(forms[name], run) for name in FORMS], EAGER)
-    for name, result in zip(FORMS, results, strict=True):
-        check(result["outputs"], greedy(forms[name], PROMPTS, TOKENS), name)
-        assert result["counters"]["vllm:prefix_cache_hits"] > 0, name
-
-
-@needs_drafts
 def test_prefixes_chunks_and_drafts_change_no_token(forms: dict[str, Path]) -> None:
     def drafted_by(name: str) -> dict[str, Any]:
         draft = {"method": "draft_model", "model": str(forms[name]), "num_speculative_tokens": 3}
-        return {"speculative_config": draft}
+        return {"speculative_config": draft} if DRAFTS else {}
 
     lookup = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
-    runs = [
-        *((name, {"options": REPEATED | drafted_by(name), "rounds": 2}) for name in FORMS),
-        ("dense", {"options": drafted_by("low-rank")}),
-        # The last one: vLLM on a CPU starts no other engine in a process that has imported Numba.
-        ("low-rank", {"options": {"speculative_config": lookup}}),
-    ]
+    runs = [(name, {"options": REPEATED | drafted_by(name), "rounds": 2}) for name in FORMS]
+    if DRAFTS:
+        runs += [
+            ("dense", {"options": drafted_by("low-rank")}),
+            # The last: vLLM on a CPU starts no other engine in a process that has imported Numba.
+            ("low-rank", {"options": {"speculative_config": lookup}}),
+        ]
     results = run_each([(forms[name], run) for name, run in runs], EAGER)
     expected = {name: greedy(forms[name], PROMPTS, TOKENS) for name in forms}
     for (name, run), result in zip(runs, results, strict=True):
         check(result["outputs"], expected[name], name)
         counters = result["counters"]
-        assert counters[DRAFTED] > 0
         if "rounds" in run:
             assert counters["vllm:prefix_cache_hits"] > 0, name
             # The model's own drafts are its tokens.
-            assert counters[ACCEPTED] == counters[DRAFTED], name
+            assert counters.get(ACCEPTED) == counters.get(DRAFTED), name
+        assert not DRAFTS or counters[DRAFTED] > 0, name
 
 
 def save_adapter(base: Path, directory: Path, targets: list[str]) -> Path:

@@ -1,4 +1,7 @@
-"""Print the sizes of the residual stream of a model with dummy weights, before and after layers."""
+"""Print the sizes of the residual stream of a model with dummy weights, before and after layers.
+
+First with vLLM's own, then for each variant with ours.
+"""
 
 import json
 import os
@@ -40,15 +43,15 @@ def sizes(directory: str, options: dict[str, Any]) -> list[float]:
     return list(found)
 
 
-def main(directories: list[str], options: dict[str, Any]) -> None:
+def main(directories: list[str], options: dict[str, Any], variants: list[dict[str, Any]]) -> None:
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
     from sliceserve.server.dummies import keep_stream
 
     (directory,) = directories
-    rotations: list[int] = []
-    found = [sizes(directory, options)]
+    print("RESULT " + json.dumps({"rotations": 0, "sizes": sizes(directory, options)}), flush=True)
     load = DummyModelLoader.load_weights
+    rotations: list[int] = []
 
     def load_and_keep(self: Any, model: Any, config: Any) -> None:
         # Here, because a CPU packs weights once they are loaded.
@@ -56,8 +59,9 @@ def main(directories: list[str], options: dict[str, Any]) -> None:
         rotations.append(keep_stream(model))
 
     DummyModelLoader.load_weights = load_and_keep
-    found.append(sizes(directory, options))
-    print("RESULT " + json.dumps([*rotations, *found]), flush=True)
+    for variant in variants:
+        found = {"sizes": sizes(directory, options | variant), "rotations": rotations.pop()}
+        print("RESULT " + json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Run vLLM on each of some models and print what it generated, one line of JSON for each."""
+"""Run vLLM on each of some models and print what it generated, one line of JSON for each.
+
+Asked for them, it also counts the all-reduces of one step, by tensor-parallel rank.
+"""
 
 import json
 import os
@@ -18,11 +21,14 @@ def main(
     options: dict[str, Any],
     variants: list[dict[str, Any]],
     apart: bool = False,
+    count: bool = False,
 ) -> None:
     if apart:
         write_rows_apart()
+    if count:
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions are sent to the workers
     for directory, variant in zip(directories, variants, strict=True):
-        results = generate(directory, prompts, tokens, variant | options)
+        results = generate(directory, prompts, tokens, variant | options, count)
         print("RESULT " + json.dumps(results), flush=True)
 
 
@@ -45,9 +51,39 @@ def write_rows_apart() -> None:
     roomy.WRITES_APART += ("CPU_ATTN",)
 
 
+def start_counting(worker: Any) -> None:  # noqa: ARG001 - vLLM passes its worker
+    from vllm.distributed import get_tp_group
+
+    group: Any = get_tp_group()
+    group.all_reduces, summed = 0, group.all_reduce
+
+    def counted(tensor: Any) -> Any:
+        group.all_reduces += 1
+        return summed(tensor)
+
+    group.all_reduce = counted
+
+
+def read_count(worker: Any) -> int:  # noqa: ARG001
+    from vllm.distributed import get_tp_group
+
+    group: Any = get_tp_group()
+    return int(group.all_reduces)
+
+
+def count_all_reduces(llm: Any) -> list[int]:
+    """Those of one step, on each rank."""
+    from vllm import SamplingParams
+
+    llm.collective_rpc(start_counting)
+    sampling = SamplingParams(max_tokens=1, ignore_eos=True, detokenize=False)
+    llm.generate([{"prompt_token_ids": [1, 2, 3]}], sampling)
+    return list(llm.collective_rpc(read_count))
+
+
 def generate(
-    directory: str, prompts: list[list[int]], tokens: int, options: dict[str, Any]
-) -> list[dict[str, Any]]:
+    directory: str, prompts: list[list[int]], tokens: int, options: dict[str, Any], count: bool
+) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -63,6 +99,7 @@ def generate(
             | options
         ),
     )
+    counts = count_all_reduces(llm) if count else None
     sampling = SamplingParams(
         temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=1, detokenize=False
     )
@@ -76,7 +113,7 @@ def generate(
     llm.llm_engine.engine_core.shutdown()
     del llm
     cleanup_dist_env_and_memory()
-    return results
+    return {"outputs": results, "all_reduces": counts}
 
 
 if __name__ == "__main__":
