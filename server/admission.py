@@ -32,8 +32,8 @@ class Limits:
 class Admission:
     """ASGI layer that takes in a whole body within its bounds, then a request if there is room.
 
-    A body is read before its request counts, so that slow senders take no room. The application
-    holds whole bodies anyway; answers pass through untouched.
+    A body is read before its request counts, so that slow senders take no room, but not while
+    there is none. The application holds whole bodies anyway; answers pass through untouched.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
@@ -55,6 +55,9 @@ class Admission:
         if scope["type"] == "lifespan" or scope.get("method") in FREE_METHODS:
             await self.app(scope, receive, send)
             return
+        if self.full:
+            await self._refuse(scope, receive, send)
+            return
         if scope["type"] == "http":
             body = await self._read(scope, receive)
             if body is None:
@@ -63,18 +66,20 @@ class Admission:
                 await body(scope, receive, send)
                 return
             receive = _replay(body, receive)
-        if self.full:
-            message = f"The server has {self._limits.requests} requests at work; try again."
-            headers = {"Retry-After": str(RETRY_AFTER_S)}
-            refusal = error_response(429, "RateLimitError", message, headers)
-            note_refusal(scope, Refusal.FULL)
-            await refusal(scope, receive, send)
-            return
+            if self.full:  # since it came
+                await self._refuse(scope, receive, send)
+                return
         self._running += 1
         try:
             await self.app(scope, receive, send)
         finally:
             self._running -= 1
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        message = f"The server has {self._limits.requests} requests at work; try again."
+        headers = {"Retry-After": str(RETRY_AFTER_S)}
+        note_refusal(scope, Refusal.FULL)
+        await error_response(429, "RateLimitError", message, headers)(scope, receive, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | JSONResponse | None:
         """Return the body, or what to answer instead; None if the client left."""

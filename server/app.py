@@ -16,7 +16,7 @@ from sliceserve.server.drain import METRICS
 from sliceserve.server.engine import start_engine
 from sliceserve.server.failure import shared_failure
 from sliceserve.server.gpus import GpuReader, engine_gpus, watching_gpus
-from sliceserve.server.health import Lifecycle, Phase
+from sliceserve.server.health import EngineProbe, Lifecycle, Phase
 from sliceserve.server.introspection import show_facts, sliced_facts
 from sliceserve.server.layering import Access, while_serving, while_starting
 from sliceserve.server.life import run_until_signal
@@ -127,8 +127,9 @@ async def serve(
             await engine.reset_mm_cache()
             app = await create_app(engine, args, summary, live)
         traces = bool(args.otlp_traces_endpoint)
+        probe = EngineProbe(engine.answer, settings.probe_timeout)
         serving, drain = while_serving(
-            app, engine, access, settings, lifecycle, metrics, log, traces=traces
+            app, engine, probe, access, settings, lifecycle, metrics, log, traces=traces
         )
         listener = make_listener(serving, args)
         app.state.server = listener  # vLLM's handlers of a dead engine's errors stop it
@@ -136,6 +137,7 @@ async def serve(
         lifecycle.enter(Phase.SERVING, "answering requests")
         cleanup.enter_context(watching_gpus(gpus, metrics.set_gpu_readings))
         cleanup.enter_context(vllm_compat.refreshing_certificates(listener.config, args))
+        hung = probe.wait_until_hung(settings.hang_timeout)
         return await run_until_signal(
-            listener, bound, engine, drain, lifecycle, settings.drain_timeout
+            listener, bound, engine, hung, drain, lifecycle, settings.drain_timeout
         )

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 STOP_CHARACTERS = 1024  # of one stop string: the API process looks for it after every token
+EXPRESSION_CHARACTERS = 16384  # of a request: the API process compiles them before anything else
 
-# Where a request says how many tokens it wants at most, in the APIs that vLLM serves.
+# Where a request of one of the APIs that vLLM serves has strings that end an answer, what the
+# answer has to look like, regular expressions therein, and how many tokens it wants at most.
+_STOPS = ("stop", "stop_sequences")
+_FORMS = ("response_format", "structured_outputs", "tools", "text", "output_config")
+_EXPRESSIONS = ("pattern", "regex")
 _OUTPUT_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
@@ -57,23 +67,52 @@ def find_excess(given: dict[str, Any], bounds: Bounds) -> Excess | None:
                 return Excess(
                     name, f"{name} is {tokens}, and {bounds.output_tokens} tokens are allowed."
                 )
-        stops = asked.get("stop")
-        if isinstance(stops, list) and len(stops) > bounds.stops:
-            return Excess("stop", f"stop has {len(stops)} strings, and {bounds.stops} are allowed.")
-        texts = stops if isinstance(stops, list) else [stops]
-        longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
-        if longest > STOP_CHARACTERS:
-            return Excess(
-                "stop",
-                f"A stop string has {longest} characters, and {STOP_CHARACTERS} are allowed.",
-            )
+        for name in _STOPS:
+            stops = asked.get(name)
+            if isinstance(stops, list) and len(stops) > bounds.stops:
+                return Excess(
+                    name, f"{name} has {len(stops)} strings, and {bounds.stops} are allowed."
+                )
+            texts = stops if isinstance(stops, list) else [stops]
+            longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
+            if longest > STOP_CHARACTERS:
+                return Excess(
+                    name,
+                    f"A stop string has {longest} characters, and {STOP_CHARACTERS} are allowed.",
+                )
+        for name in _FORMS:
+            characters = sum(map(len, _expressions(asked.get(name))))
+            if characters > EXPRESSION_CHARACTERS:
+                return Excess(
+                    name,
+                    f"The regular expressions of {name} have {characters} characters, "
+                    f"and {EXPRESSION_CHARACTERS} are allowed.",
+                )
     return None
 
 
+def _expressions(form: Any) -> Iterator[str]:
+    """Yield the regular expressions of what an answer has to look like."""
+    pending = [form]
+    while pending:
+        found = pending.pop()
+        if isinstance(found, dict):
+            pending += found.values()
+            # Of properties that match one, the names are expressions.
+            if isinstance(names := found.get("patternProperties"), dict):
+                yield from names
+            yield from (found[key] for key in _EXPRESSIONS if isinstance(found.get(key), str))
+            if isinstance(schema := found.get("json"), str):
+                with suppress(ValueError, RecursionError):
+                    pending.append(json.loads(schema))
+        elif isinstance(found, list):
+            pending += found
+
+
 def _prompts(given: dict[str, Any]) -> int:
-    """Return how many prompts there are: several texts, lists of tokens, or conversations."""
+    """Return how many prompts there are: texts, lists of tokens, conversations, items to score."""
     counts = [1]
-    for name, one in (("prompt", (str, list)), ("messages", list)):
+    for name, one in (("prompt", (str, list)), ("messages", list), ("items", (str, list))):
         value = given.get(name)
         if isinstance(value, list):
             counts.append(sum(isinstance(part, one) for part in value))

@@ -1,27 +1,37 @@
-"""A bound on the time of a whole request, its answer included."""
+"""A bound on the time of a whole request, its answer included, which the server can draw in."""
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from sliceserve.server.responses import Answer, error_response
+from sliceserve.server.responses import Answer, error_response, unavailable
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_KIND = "RequestTimeoutError"
+LAST_WORDS_S = 5.0
 
 
 class Deadline:
-    """ASGI layer that ends a request whose time is up.
+    """ASGI layer that ends a request whose time is up, or all of them.
 
     To the application it looks as if the client had left, which frees the request's place and its
-    part of the KV cache. The client gets 408 or, in a stream, an error event.
+    part of the KV cache. The client gets 408, or 503 from a server that ends; in a stream, an error
+    event.
     """
 
     def __init__(self, app: ASGIApp, seconds: float) -> None:
         self.app, self._seconds = app, seconds
+        self._waiting: set[asyncio.Timeout] = set()
+        self._cut = False
+
+    def cut(self) -> None:
+        """End all requests now, those that are yet to come too."""
+        self._cut = True
+        for limit in self._waiting:
+            limit.reschedule(asyncio.get_running_loop().time())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, and end it in time."""
@@ -35,8 +45,12 @@ class Deadline:
         async def limited_receive() -> Message:
             nonlocal expired
             try:
-                async with asyncio.timeout_at(end) as limit:
-                    return await receive()
+                async with asyncio.timeout_at(0 if self._cut else end) as limit:
+                    self._waiting.add(limit)
+                    try:
+                        return await receive()
+                    finally:
+                        self._waiting.discard(limit)
             except TimeoutError:
                 expired = limit.expired() and not answer.ended
                 return {"type": "http.disconnect"}
@@ -48,10 +62,22 @@ class Deadline:
         await self.app(scope, limited_receive, limited_send)
         if not expired:
             return
-        text = f"The request was not answered within {self._seconds:g} s."
-        if not answer.begun:
-            # The same request would take as long again; the openai client respects this.
-            headers = {"X-Should-Retry": "false"}
-            await error_response(408, _KIND, text, headers)(scope, receive, send)
+        # A client that reads nothing must not keep the request's place.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_S):
+                await self._end(answer, scope, receive, send)
+
+    async def _end(self, answer: Answer, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._cut:
+            status, kind = 503, "ServiceUnavailableError"
+            text = "The server is shutting down, and the request was not answered in time."
+            refusal = unavailable(text)
         else:
-            await answer.end_stream(408, _KIND, text)
+            status, kind = 408, "RequestTimeoutError"
+            text = f"The request was not answered within {self._seconds:g} s."
+            # The same request would take as long again; the openai client respects this.
+            refusal = error_response(status, kind, text, {"X-Should-Retry": "false"})
+        if answer.begun:
+            await answer.end_stream(status, kind, text)
+        else:
+            await refusal(scope, receive, send)

@@ -11,6 +11,8 @@ from sliceserve.server.responses import unavailable
 from sliceserve.server.status_page import STATUS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 METRICS = "/metrics"
@@ -23,8 +25,9 @@ class Drain:
     ``/metrics`` and the status are neither counted nor refused, so that a drain can be watched.
     """
 
-    def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
-        self.app, self._lifecycle = app, lifecycle
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle, cut: Callable[[], None]) -> None:
+        """Wrap the application; `cut` ends what runs in it, in good order."""
+        self.app, self._lifecycle, self.cut = app, lifecycle, cut
         self.running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -47,15 +50,15 @@ class Drain:
             if not self.running:
                 self._idle.set()
 
-    async def wait(self, timeout: float, hurry: asyncio.Event) -> int:
+    async def wait(self, timeout: float, *ends: asyncio.Event) -> int:
         """Wait until no request runs; returns how many still do.
 
         Args:
             timeout: seconds to wait at most.
-            hurry: ends the wait when it is set.
+            ends: each ends the wait when it is set.
 
         """
-        waits = [asyncio.ensure_future(event.wait()) for event in (self._idle, hurry)]
+        waits = [asyncio.ensure_future(event.wait()) for event in (self._idle, *ends)]
         await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from sliceserve.server.usage import watch_sequences
+
 if TYPE_CHECKING:
     import argparse
     from collections.abc import AsyncGenerator
@@ -29,6 +31,11 @@ class Engine(AsyncLLM):  # type: ignore[misc]
     """
 
     queue: TokenQueue | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """Begin as vLLM's engine, and count what each HTTP request costs."""
+        super().__init__(*args, **options)
+        watch_sequences(self.output_processor)
 
     async def answer(self) -> None:
         """Return once the engine's loop has answered; raises if it is dead.

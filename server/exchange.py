@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import uuid
@@ -10,6 +11,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
+
+from sliceserve.server.usage import work_of, working
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +24,8 @@ REQUEST_ID = "X-Request-ID"
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _SCOPE_KEY = "sliceserve.exchange"
 _KEY_NAME = "sliceserve.key"
+# Of vLLM's routes and of our layers.
+_ERROR_EVENTS = (b'data: {"error"', b"event: error\n")
 
 
 class Refusal(StrEnum):
@@ -49,9 +54,10 @@ class Exchange:
         key: the name of the key that opened the server, never the key.
         model: what the client asked for, as it is.
         status: None if no answer began.
+        failed: the status that an answer would have had which failed after it began.
         refused: None if the engine was asked, or would have been.
         disconnected: the client left before the end of the answer.
-        prompt_tokens: None where vLLM does not say.
+        prompt_tokens: None if the engine was not asked, or keeps no statistics.
         generation_tokens: the same.
         seconds: from arrival to the end.
         first_byte_seconds: from arrival to the first byte of the answer's body.
@@ -66,6 +72,7 @@ class Exchange:
     key: str | None = None
     model: str | None = None
     status: int | None = None
+    failed: int | None = None
     refused: Refusal | None = None
     disconnected: bool = False
     prompt_tokens: int | None = None
@@ -76,7 +83,7 @@ class Exchange:
 
     @property
     def tokens(self) -> int:
-        """Of prompt and answer; one a chunk where vLLM does not say, as of a stream left early."""
+        """Of prompt and answer; one a chunk where the engine does not say."""
         if self.prompt_tokens is None or self.generation_tokens is None:
             return self.chunks
         return self.prompt_tokens + self.generation_tokens
@@ -157,10 +164,13 @@ class Watch:
                 if exchange.first_byte_seconds is None:
                     exchange.first_byte_seconds = time.monotonic() - began
                 ended = not message.get("more_body", False)
+                if (body := message.get("body", b"")).startswith(_ERROR_EVENTS):
+                    exchange.failed = _code_of(body)
             await send(message)
 
         try:
-            await self.app(inner, watched_receive, watched_send)
+            with working(inner):
+                await self.app(inner, watched_receive, watched_send)
         finally:
             if exchange.status is None and not exchange.disconnected:
                 exchange.status = 500  # what the HTTP server answers to an exception
@@ -184,8 +194,18 @@ def _request_id(scope: Scope) -> str:
 
 
 def take_usage(exchange: Exchange, scope: Scope) -> None:
-    """Take what vLLM's routes leave in the state of a request once they have its tokens."""
+    """Take the tokens of a request: vLLM's usage where its route leaves it, else the engine's."""
     usage = getattr(scope["state"].get("request_metadata"), "final_usage_info", None)
     if usage is not None:
         exchange.prompt_tokens = usage.prompt_tokens
         exchange.generation_tokens = usage.completion_tokens
+    elif (tokens := work_of(scope).tokens()) is not None:
+        exchange.prompt_tokens, exchange.generation_tokens = tokens
+
+
+def _code_of(event: bytes) -> int:
+    """Return the status in an event that tells of an error."""
+    try:
+        return int(json.loads(event.split(b"\n", 1)[0].removeprefix(b"data: "))["error"]["code"])
+    except (ValueError, LookupError, TypeError):
+        return 500

@@ -6,6 +6,8 @@ import logging
 import traceback
 from typing import TYPE_CHECKING
 
+from jinja2 import TemplateError
+
 from sliceserve.server.exchange import exchange_of
 from sliceserve.server.responses import Answer, error_response
 
@@ -14,6 +16,11 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("vllm.sliceserve.faults")
 ERROR = 500
+# What input can cause; templates raise the last.
+STUMBLES = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError,
+    RecursionError, TypeError, ValueError, TemplateError,
+)  # fmt: skip
 _KIND = "InternalServerError"
 
 
@@ -21,7 +28,8 @@ class Faults:
     """ASGI layer that ends an answer which the application could not.
 
     vLLM's routes answer most errors themselves; what they raise within a stream would cut it off,
-    and where vLLM stumbles over a request as it reads it, the request is at fault.
+    and where vLLM stumbles over a request as it reads it, the request is at fault, unless the error
+    is one of the machine, such as a lack of memory.
     """
 
     def __init__(self, app: ASGIApp, reading: tuple[str, ...] = ()) -> None:
@@ -65,6 +73,8 @@ class Faults:
 
     def _stumbled(self, error: Exception) -> bool:
         """Whether the error comes from where requests are read, or from what that calls."""
+        if not isinstance(error, STUMBLES):
+            return False
         modules = [
             frame.f_globals.get("__name__", "")
             for frame, _ in traceback.walk_tb(error.__traceback__)

@@ -82,6 +82,18 @@ class EngineProbe:
             return "the engine is dead"
         return None
 
+    async def wait_until_hung(self, seconds: float) -> None:
+        """Return once a question has had no answer for as long; a dead engine is none that hangs.
+
+        Asks all the while, as a hang shows in nothing else.
+        """
+        while True:
+            await self.check()
+            asked = self._question is not None and not self._question.done()
+            if asked and time.monotonic() - self._asked >= seconds:
+                return
+            await asyncio.sleep(min(1.0, self._timeout))
+
     def _left(self) -> float:
         return max(0.0, self._asked + self._timeout - time.monotonic())
 

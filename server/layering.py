@@ -52,6 +52,7 @@ def while_starting(
 def while_serving(
     app: FastAPI,
     engine: Engine,
+    probe: EngineProbe,
     access: Access,
     settings: ServerSettings,
     lifecycle: Lifecycle,
@@ -65,6 +66,7 @@ def while_serving(
     Args:
         app: vLLM's application.
         engine: the engine behind it.
+        probe: of the engine.
         access: who may reach what.
         settings: the bounds.
         lifecycle: the server's phase.
@@ -74,11 +76,10 @@ def while_serving(
 
     """
     queue = engine.queue
-    queued = app if queue is None else QueueLimit(app, queue)
-    admission = Admission(_bounded(queued, settings), _limits(settings))
-    drain = Drain(PerKey(admission, _key_limits(settings)), lifecycle)
+    deadline = _bounded(app if queue is None else QueueLimit(app, queue), settings)
+    admission = Admission(deadline, _limits(settings))
+    drain = Drain(PerKey(admission, _key_limits(settings)), lifecycle, deadline.cut)
     current = Refreshing(drain, lambda: metrics.refresh(admission.running, engine.queued_tokens()))
-    probe = EngineProbe(engine.answer, settings.probe_timeout)
 
     def overloaded() -> bool:
         return admission.full or (queue is not None and queue.full)
@@ -122,7 +123,7 @@ async def still_starting(scope: Scope, receive: Receive, send: Send) -> None:
     await unavailable("The model is still loading; try again.")(scope, receive, send)
 
 
-def _bounded(app: ASGIApp, settings: ServerSettings) -> ASGIApp:
+def _bounded(app: ASGIApp, settings: ServerSettings) -> Deadline:
     """Return the application with bounds on what one request asks and how long it takes."""
     bounds = Bounds(settings.max_sequences, settings.max_output_tokens, settings.max_stops)
     faults = Faults(Arguments(app, bounds), vllm_compat.READING)

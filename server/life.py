@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import vllm.envs
 from vllm.logger import init_logger
 
+from sliceserve.server.deadline import LAST_WORDS_S
 from sliceserve.server.health import Lifecycle, Phase
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Coroutine
 
     from sliceserve.server.drain import Drain
     from sliceserve.server.listener import Listener
@@ -30,25 +32,29 @@ async def run_until_signal(
     listener: Listener,
     bound: socket.socket,
     engine: Any,
+    hung: Coroutine[None, None, None],
     drain: Drain,
     lifecycle: Lifecycle,
     drain_timeout: float,
 ) -> int:
     """Serve; a first signal begins the drain, a second one ends it at once.
 
+    What still runs when the time is up, or when the engine hangs, is cut with an error.
+
     Args:
         listener: the HTTP server to run on the bound socket.
         bound: the socket.
         engine: vLLM's engine, which is stopped once nothing runs or the time is up.
+        hung: ends when the engine has not answered for too long.
         drain: counts the running requests.
         lifecycle: told of the drain.
         drain_timeout: seconds that running requests have to finish.
 
     Returns:
-        0 after a drain, 128 + its number after a second signal, 1 if the engine died.
+        0 after a drain, 128 + its number after a second signal, 1 if the engine died or hung.
 
     """
-    asked, hurry = asyncio.Event(), asyncio.Event()
+    asked, hurry, hopeless = asyncio.Event(), asyncio.Event(), asyncio.Event()
     received: list[int] = []
 
     def on_signal(number: int) -> None:
@@ -63,17 +69,26 @@ async def run_until_signal(
     serving = asyncio.ensure_future(listener.serve(sockets=[bound]))
     watching = asyncio.ensure_future(_watch(listener, engine))
     asking = asyncio.ensure_future(asked.wait())
+    hanging = asyncio.ensure_future(hung)
+    hanging.add_done_callback(lambda _: hopeless.set())
     try:
-        await asyncio.wait([serving, asking], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([serving, asking, hanging], return_when=asyncio.FIRST_COMPLETED)
         watching.cancel()
         if received:
             _logger.info("Draining: running=%d timeout=%ss", drain.running, drain_timeout)
-            left = await drain.wait(drain_timeout, hurry)
-            if left:
-                _logger.warning("Requests that did not finish in time: %d", left)
+            left = await drain.wait(drain_timeout, hurry, hopeless)
+        elif hanging.done():
+            left = drain.running
+            lifecycle.enter(Phase.DRAINING, "the engine hangs")
+            _logger.error("The engine hangs.")
         else:
             left = drain.running
             _logger.error("The engine died.")
+        failed = engine.errored or hanging.done()
+        if left and not engine.errored and not hurry.is_set():
+            _logger.warning("Requests that did not finish in time: %d", left)
+            drain.cut()
+            left = await drain.wait(2 * LAST_WORDS_S, hurry)
         stop_engine = partial(engine.shutdown, timeout=0 if hurry.is_set() else ENGINE_STOP_S)
         if left:
             # First and in a thread, so that clients are told of its end.
@@ -83,13 +98,13 @@ async def run_until_signal(
         await serving
         stop_engine()
     finally:
-        for task in (asking, watching):
+        for task in (asking, watching, hanging):
             task.cancel()
         for number in SIGNALS:
             loop.remove_signal_handler(number)
-    if not received:
-        return 1
-    return 128 + received[-1] if hurry.is_set() else 0
+    if hurry.is_set():
+        return 128 + received[-1]
+    return 1 if failed else 0
 
 
 async def _watch(listener: Listener, engine: Any) -> None:

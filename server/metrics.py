@@ -107,7 +107,8 @@ class ServerMetrics:
         )
         self._http_responses = Counter(
             "sliceserve_http_responses",
-            "HTTP requests by route and status; disconnected: the client left before the end.",
+            "HTTP requests by route and status, of streams that failed that of their error; "
+            "disconnected: the client left before the end.",
             ["model_name", "route", "status"],
             registry=registry,
         )
@@ -160,8 +161,8 @@ class ServerMetrics:
 
     def count_response(self, exchange: Exchange) -> None:
         """Add one HTTP request that is over."""
-        status = "disconnected" if exchange.disconnected else str(exchange.status)
-        self._http_responses.labels(self._model_name, exchange.route, status).inc()
+        status = "disconnected" if exchange.disconnected else exchange.failed or exchange.status
+        self._http_responses.labels(self._model_name, exchange.route, str(status)).inc()
         if exchange.refused is not None:
             self._rejected.labels(self._model_name, exchange.refused).inc()
 

@@ -64,6 +64,12 @@ class ServerSettings(BaseSettings):
         allow_inf_nan=False,
         description="Seconds without an answer after which /livez calls the engine hung.",
     )
+    hang_timeout: float = Field(
+        600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds without an answer of the engine after which the server ends with 1.",
+    )
 
     max_requests: int = Field(
         1024, gt=0, description="Requests at a time, running and waiting; more get 429."
@@ -171,9 +177,10 @@ def take_settings(flags_and_file: argparse.Namespace, flags: argparse.Namespace)
 
     """
     for name in os.environ:
-        setting = name.removeprefix(ENV_PREFIX).lower()
+        # As they are read: in capitals or not.
+        setting = name.lower().removeprefix(ENV_PREFIX.lower())
         if (
-            name.startswith(ENV_PREFIX)
+            name.upper().startswith(ENV_PREFIX)
             and setting not in ServerSettings.model_fields
             and not _SERVICE_LINK.fullmatch(name)
         ):

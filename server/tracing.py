@@ -60,5 +60,5 @@ class Trace:
                 span.set_attribute("sliceserve.request.id", exchange.id)
                 if exchange.status is not None:
                     span.set_attribute("http.response.status_code", exchange.status)
-                    if exchange.status >= _FIRST_SERVER_ERROR:
+                    if (exchange.failed or exchange.status) >= _FIRST_SERVER_ERROR:
                         span.set_status(trace.StatusCode.ERROR)

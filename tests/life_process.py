@@ -1,7 +1,7 @@
 """A server whose engine is a stand-in, for tests of signals: `life_process.py DRAIN_TIMEOUT`.
 
-It prints its port, and a line for every call of the engine's shutdown. Only GET /metrics
-ends; GET /die kills the engine first.
+It prints its port, and a line for every call of the engine's shutdown, and of what cuts requests.
+Only GET /metrics ends; GET /die kills the engine first, GET /hang has it hang.
 """
 
 import asyncio
@@ -16,6 +16,8 @@ from sliceserve.server.health import Lifecycle, Phase
 from sliceserve.server.life import run_until_signal
 from sliceserve.server.listener import Listener
 
+HANGS, CUT = asyncio.Event(), asyncio.Event()
+
 
 class StandIn:
     errored = False
@@ -28,23 +30,34 @@ async def endless(scope: Any, _receive: Any, send: Any) -> None:
     if scope["type"] == "http":
         if scope["path"] == "/die":
             StandIn.errored = True
+        if scope["path"] == "/hang":
+            HANGS.set()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         more = scope["path"] != METRICS
         await send({"type": "http.response.body", "body": b"begun", "more_body": more})
         if more:
-            await asyncio.Event().wait()
+            await CUT.wait()
 
 
 async def main() -> int:
     lifecycle = Lifecycle(Phase.SERVING)
-    drain = Drain(endless, lifecycle)
+
+    def cut() -> None:
+        print("cut", flush=True)
+        CUT.set()
+
+    drain = Drain(endless, lifecycle, cut)
+
+    async def hung() -> None:
+        await HANGS.wait()
+
     config = uvicorn.Config(
         drain, lifespan="off", log_level="critical", timeout_graceful_shutdown=1
     )
     with socket.create_server(("127.0.0.1", 0)) as bound:
         print(bound.getsockname()[1], flush=True)
         return await run_until_signal(
-            Listener(config), bound, StandIn(), drain, lifecycle, float(sys.argv[1])
+            Listener(config), bound, StandIn(), hung(), drain, lifecycle, float(sys.argv[1])
         )
 
 

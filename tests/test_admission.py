@@ -91,6 +91,23 @@ def test_over_the_bound_a_request_is_refused_at_once() -> None:
     asyncio.run(scenario())
 
 
+def test_a_full_server_reads_no_body() -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError("the body was read")
+
+    async def scenario() -> None:
+        full = Slow(Limits(requests=0, body_bytes=1000, body_seconds=60)).admission
+        await full({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send)
+
+    asyncio.run(scenario())
+    assert sent[0]["status"] == 429
+
+
 def test_a_client_that_leaves_makes_room() -> None:
     async def scenario() -> None:
         slow = Slow()

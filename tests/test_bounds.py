@@ -16,15 +16,19 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient, WebSocketDenialResponse
 from starlette.websockets import WebSocket
 
+from sliceserve.server import deadline
 from sliceserve.server.arguments import Arguments
 from sliceserve.server.auth import Auth, KeyRing
-from sliceserve.server.bounds import STOP_CHARACTERS, Bounds, find_excess
+from sliceserve.server.bounds import EXPRESSION_CHARACTERS, STOP_CHARACTERS, Bounds, find_excess
 from sliceserve.server.deadline import Deadline
 from sliceserve.server.exchange import Exchange, Refusal, Watch
 from sliceserve.server.faults import Faults
 from sliceserve.server.per_key import KeyLimits, PerKey
 
 BOUNDS = Bounds(sequences=6, output_tokens=100, stops=2)
+HALF = {"type": "string", "pattern": "x" * (EXPRESSION_CHARACTERS // 2)}
+FITTING = {"type": "object", "properties": {"a": HALF, "b": HALF}}
+LONG = {"type": "object", "properties": {"a": HALF, "b": HALF, "c": {"pattern": "x"}}}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +56,21 @@ BOUNDS = Bounds(sequences=6, output_tokens=100, stops=2)
         ({"sampling_params": {"n": 7}}, "n"),
         ({"sampling_params": {"max_tokens": 101}}, "max_tokens"),
         ({"sampling_params": [1]}, None),
+        ({"items": ["a"] * 7}, "prompt"),
+        ({"items": [[1]] * 6}, None),
+        ({"stop_sequences": ["a", "b", "c"]}, "stop_sequences"),
+        ({"response_format": {"json_schema": {"schema": FITTING}}}, None),
+        ({"response_format": {"json_schema": {"schema": LONG}}}, "response_format"),
+        ({"text": {"format": {"schema": LONG}}}, "text"),
+        ({"tools": [{"function": {"parameters": LONG}}]}, "tools"),
+        (
+            {"structured_outputs": {"regex": "x" * (EXPRESSION_CHARACTERS + 1)}},
+            "structured_outputs",
+        ),
+        ({"structured_outputs": {"json": json.dumps(LONG)}}, "structured_outputs"),
+        ({"structured_outputs": {"json": "{"}}, None),
+        ({"response_format": {"patternProperties": {"x" * 20_000: {}}}}, "response_format"),
+        ({"tools": [{"function": {"parameters": {"properties": {"pattern": {}}}}}]}, None),
     ],
 )
 def test_what_asks_too_much_is_named(given: dict[str, Any], argument: str | None) -> None:
@@ -165,6 +184,26 @@ def test_a_stream_that_does_not_end_in_time_ends_with_an_error() -> None:
     asyncio.run(scenario())
 
 
+def test_what_runs_when_the_server_ends_is_told_so() -> None:
+    async def scenario() -> None:
+        application = Application()
+        layer = Deadline(application.app, 60)
+        async with client_of(layer) as client:
+            asked = [asyncio.ensure_future(client.post(f"/{name}")) for name in ("wait", "stream")]
+            while application.reached < 1:
+                await asyncio.sleep(0)
+            layer.cut()
+            late, stream = await asyncio.gather(*asked)
+            assert error_of(await client.post("/wait"), 503)
+        assert "shutting down" in error_of(late, 503)["message"]
+        assert int(late.headers["retry-after"]) > 0
+        *_, error, done = stream.text.strip().split("\n\n")
+        assert done == "data: [DONE]"
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == 503
+
+    asyncio.run(scenario())
+
+
 def test_what_is_in_time_stays_as_it_is() -> None:
     async def scenario() -> None:
         application = Application()
@@ -175,11 +214,32 @@ def test_what_is_in_time_stays_as_it_is() -> None:
     asyncio.run(scenario())
 
 
+def test_a_client_that_reads_nothing_does_not_keep_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def stuck(message: Any) -> None:
+        if message.get("more_body"):
+            await asyncio.Event().wait()
+
+    async def receive() -> Any:
+        return await asyncio.Event().wait()
+
+    async def scenario(path: str) -> None:
+        scope = {"type": "http", "method": "GET", "path": path, "headers": [], "query_string": b""}
+        await Deadline(Application().app, 0.2)(scope, receive, stuck)
+
+    monkeypatch.setattr(deadline, "LAST_WORDS_S", 0.2)
+    asyncio.run(asyncio.wait_for(scenario("/stream"), 60))
+
+
 class Failing:
     """Fails after so many messages of an answer."""
 
-    def __init__(self, media_type: str, messages: int, status: int = 200) -> None:
+    def __init__(
+        self, media_type: str, messages: int, status: int = 200, kind: type[Exception] = ValueError
+    ) -> None:
         self.media_type, self.messages, self.status = media_type, messages, status
+        self.kind = kind
 
     async def __call__(self, _scope: Any, _receive: Any, send: Any) -> None:
         header = (b"content-type", self.media_type.encode())
@@ -187,20 +247,23 @@ class Failing:
         part = {"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True}
         for message in [start, part][: self.messages]:
             await send(message)
-        raise RuntimeError("secret of the house")
+        raise self.kind("secret of the house")
 
 
 @pytest.mark.parametrize(("messages", "status"), [(0, 500), (1, 200), (2, 200)])
 def test_a_failure_ends_a_stream_in_order(
     messages: int, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
+    reported: list[Exchange] = []
+
     async def once() -> httpx.Response:
-        watch = Watch(Faults(Failing("text/event-stream; charset=utf-8", messages)), frozenset())
-        async with client_of(watch) as client:
+        faults = Faults(Failing("text/event-stream; charset=utf-8", messages))
+        async with client_of(Watch(faults, frozenset(), reported.append)) as client:
             return await client.post("/", headers={"X-Request-ID": "mine"})
 
     answer = asyncio.run(once())
     assert answer.status_code == status
+    assert [(one.status, one.failed) for one in reported] == [(status, 500 if messages else None)]
     assert "secret" not in answer.text
     *_, error = [part for part in answer.text.split("\n\n") if part and "[DONE]" not in part]
     told = json.loads(error.removeprefix("data: "))["error"]
@@ -211,13 +274,17 @@ def test_a_failure_ends_a_stream_in_order(
 
 
 def test_what_fails_while_a_request_is_read_is_the_requests_fault() -> None:
-    async def once(*reading: str) -> httpx.Response:
+    async def once(reading: str, kind: type[Exception] = ValueError) -> httpx.Response:
         # As Starlette does: a 500 without a reason, and then the exception.
-        async with client_of(Faults(Failing("text/plain", 2, status=500), reading)) as client:
+        failing = Failing("text/plain", 2, status=500, kind=kind)
+        async with client_of(Faults(failing, (reading,))) as client:
             return await client.post("/")
 
     assert error_of(asyncio.run(once(__name__)), 400)["type"] == "BadRequestError"
     assert "log says why" in error_of(asyncio.run(once("elsewhere")), 500)["message"]
+    # No request is at fault for these.
+    for kind in (MemoryError, RuntimeError, OSError):
+        assert "log says why" in error_of(asyncio.run(once(__name__, kind)), 500)["message"]
 
 
 def test_an_answer_of_500_without_an_exception_stays_as_it_is() -> None:
@@ -237,7 +304,7 @@ def test_what_is_no_stream_of_events_is_cut() -> None:
         async with client_of(Faults(Failing("text/plain", 2))) as client:
             await client.post("/")
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="secret"):
         asyncio.run(once())
 
 

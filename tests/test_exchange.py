@@ -151,8 +151,8 @@ def test_a_line_of_the_access_log(tmp_path: Path) -> None:
     assert first == {
         "time": "2001-09-09T01:46:40.000+00:00", "id": "a1", "method": "POST",
         "route": "/v1/completions", "key": "0123abcd", "model": "m" * 128, "status": 200,
-        "refused": None, "disconnected": False, "prompt_tokens": 3, "generation_tokens": None,
-        "seconds": 1.5, "first_byte_seconds": None, "chunks": 0,
+        "failed": None, "refused": None, "disconnected": False, "prompt_tokens": 3,
+        "generation_tokens": None, "seconds": 1.5, "first_byte_seconds": None, "chunks": 0,
     }  # fmt: skip
     assert datetime.fromisoformat(first["time"]) == datetime.fromtimestamp(1e9, UTC)
     assert (left["status"], left["disconnected"]) == (None, True)
@@ -193,6 +193,40 @@ def test_every_answer_is_counted_once_under_a_known_route() -> None:
         ("/fine", "401"): 1,
         ("other", "401"): 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("event", "failed"),
+    [
+        (b'data: {"error": {"code": 408}}\n\ndata: [DONE]\n\n', 408),
+        (b'data: {"error": {"message": "it died"}}\n\n', 500),
+        (b"event: error\ndata: {}\n\n", 500),
+        (b'data: {"choices": [{"text": "data: {\\"error\\""}]}\n\n', None),
+    ],
+)
+def test_a_stream_that_fails_is_counted_as_its_error(event: bytes, failed: int | None) -> None:
+    async def stream(_request: Request) -> StreamingResponse:
+        async def parts() -> Any:
+            yield b"data: 1\n\n"
+            yield event
+
+        return StreamingResponse(parts(), media_type="text/event-stream")
+
+    registry = CollectorRegistry()
+    metrics = ServerMetrics(registry, "m")
+    reported: list[Exchange] = []
+    app = Starlette(routes=[Route("/stream", stream)])
+    watch = Watch(app, frozenset({"/stream"}), metrics.count_response, reported.append)
+
+    async def once() -> None:
+        transport = httpx.ASGITransport(app=watch)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            await client.get("/stream")
+
+    asyncio.run(once())
+    assert [(one.status, one.failed) for one in reported] == [(200, failed)]
+    labels = {"model_name": "m", "route": "/stream", "status": str(failed or 200)}
+    assert registry.get_sample_value("sliceserve_http_responses_total", labels) == 1
 
 
 @pytest.mark.parametrize("parts", [0, 3])

@@ -273,6 +273,15 @@ def test_a_request_id_comes_back_and_names_the_answer(server: ServerProcess) -> 
         if status == 200:
             assert answer.json()["id"] == "cmpl-mine-200"
             assert answer.json()["usage"]["completion_tokens"] == 3
+    # vLLM does not tell the tokens of these; the log does below.
+    for name, streamed in (("whole", False), ("streamed", True)):
+        answer = httpx.post(
+            f"{server.url}/v1/responses",
+            json={"model": "sliced", "input": "hi", "max_output_tokens": 4, "stream": streamed},
+            headers={"Authorization": f"Bearer {FIXED_KEY}", "X-Request-ID": f"mine-{name}"},
+            timeout=60,
+        )
+        assert answer.status_code == 200, answer.text
     made = {get(server, path, FIXED_KEY).headers["x-request-id"] for path in ("/livez", "/health")}
     assert len(made) == 2
 
@@ -434,6 +443,11 @@ def test_every_request_has_a_line_in_the_log(server: ServerProcess) -> None:
     assert named["key"] == hashlib.sha256(FIXED_KEY.encode()).hexdigest()[:8]
     assert (named["model"], named["generation_tokens"]) == ("sliced", 3)
     assert refused["key"] is refused["model"] is refused["generation_tokens"] is None
+    for name in ("whole", "streamed"):
+        assert 1 <= by_id[f"mine-{name}"]["generation_tokens"] <= 4
+        assert by_id[f"mine-{name}"]["prompt_tokens"] > 0
+    left = [line for line in lines if line["disconnected"] and line["route"] == "/v1/completions"]
+    assert all(line["prompt_tokens"] > 0 for line in left)
     (drained,) = [line for line in lines if line["generation_tokens"] == 400]
     assert drained["prompt_tokens"] == named["prompt_tokens"] > 0
     assert 0 < drained["first_byte_seconds"] < drained["seconds"]

@@ -202,6 +202,24 @@ def test_a_dead_engine_fails_both_probes() -> None:
         assert answer.json()["step"] == "the engine is dead"
 
 
+def test_an_engine_hangs_when_one_question_has_no_answer_for_long() -> None:
+    async def scenario() -> None:
+        answers, asked = asyncio.Semaphore(3), 0
+
+        async def ask() -> None:
+            nonlocal asked
+            asked += 1
+            await answers.acquire()
+
+        began = asyncio.get_running_loop().time()
+        await EngineProbe(ask, 0.1).wait_until_hung(0.5)
+        assert asked == 4
+        # Three were answered, a pause after each.
+        assert asyncio.get_running_loop().time() - began >= 3 * 0.1 + 0.5
+
+    asyncio.run(scenario())
+
+
 def test_a_drain_lets_running_requests_end_and_refuses_new_ones() -> None:
     async def scenario() -> None:
         going, hurry = asyncio.Event(), asyncio.Event()
@@ -213,7 +231,7 @@ def test_a_drain_lets_running_requests_end_and_refuses_new_ones() -> None:
         lifecycle = Lifecycle()
         lifecycle.enter(Phase.SERVING, "answering requests")
         routes = [Route("/slow", slow), Route("/metrics", secret), Route("/error", fail)]
-        drain = Drain(Starlette(routes=routes), lifecycle)
+        drain = Drain(Starlette(routes=routes), lifecycle, going.set)
         transport = httpx.ASGITransport(app=drain, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             assert (await client.get("/error")).status_code == 500

@@ -1,15 +1,22 @@
-"""Signals, with a real process and a stand-in for the engine."""
+"""Signals, with a real process and a stand-in for the engine; at last with vLLM's."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pytest
+import told_engine
+from server_process import STOP_SECONDS, post, sample, serving, stream, wait_until_gone
 
+KEY = "key"
 SCRIPT = Path(__file__).with_name("life_process.py")
 # What takes longer hangs.
 LIMIT_S = 60
@@ -40,7 +47,7 @@ def test_a_drain_that_takes_too_long_ends_and_the_client_is_cut() -> None:
         started.send_signal(signal.SIGTERM)
         code, output = end_of(started)
         assert code == 0
-        assert output[0] == "shutdown 10"
+        assert output[:2] == ["cut", "shutdown 10"]
 
 
 def test_a_second_signal_ends_at_once() -> None:
@@ -69,3 +76,51 @@ def test_a_dead_engine_ends_the_server_and_what_still_runs() -> None:
             code, output = end_of(started)
         assert code == 1
         assert output[0] == "shutdown 10"
+
+
+def test_an_engine_that_hangs_ends_the_server() -> None:
+    with process(10_000) as (started, url):
+        with httpx.stream("GET", f"{url}/hang", timeout=LIMIT_S) as answer:
+            assert next(answer.iter_bytes()) == b"begun"
+            code, output = end_of(started)
+        assert code == 1
+        assert output[:2] == ["cut", "shutdown 10"]
+
+
+@pytest.mark.parametrize("fault", ["die", "hang"])
+def test_a_fault_while_it_drains_is_no_orderly_end(fault: str) -> None:
+    with process(3) as (started, url), httpx.stream("GET", url, timeout=LIMIT_S) as answer:
+        chunks = answer.iter_bytes()
+        assert next(chunks) == b"begun"
+        with httpx.stream("GET", f"{url}/{fault}", timeout=LIMIT_S) as other:
+            assert next(other.iter_bytes()) == b"begun"
+            started.send_signal(signal.SIGTERM)
+            assert end_of(started)[0] == 1
+
+
+def test_what_outlives_the_drain_ends_with_an_error(tiny_sliced: Path, tmp_path: Path) -> None:
+    """And not as an answer that looks complete, which vLLM makes of what it aborts."""
+    engine = tmp_path / "engine"
+    engine.mkdir()
+    told_engine.installed(engine)
+    (engine / "slow").touch()
+    environment = {"PYTHONPATH": str(engine), "SLICESERVE_API_KEY": KEY}
+    options = ("--drain-timeout", "1", "--metrics-public")
+    with serving(tiny_sliced, tmp_path / "log", *options, **environment) as server:
+        server.wait_for("/readyz", 200)
+        with stream(server, KEY, tokens=500) as answer, ThreadPoolExecutor(1) as pool:
+            assert answer.status_code == 200
+            whole = pool.submit(post, server, KEY, max_tokens=500)
+            while sample(server, "sliceserve_running_requests") < 2:
+                assert not whole.done(), whole.result().text
+                time.sleep(0.05)
+            server.process.terminate()
+            events = [line for line in answer.iter_lines() if line]
+            cut = whole.result()
+        assert events[-1] == "data: [DONE]"
+        error = json.loads(events[-2].removeprefix("data: "))["error"]
+        assert (error["code"], error["type"]) == (503, "ServiceUnavailableError")
+        assert cut.status_code == 503
+        assert cut.json()["error"] == error
+        assert server.process.wait(STOP_SECONDS) == 0, server.log.read_text()
+        wait_until_gone(server.process.pid)

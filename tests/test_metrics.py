@@ -165,7 +165,8 @@ def test_every_reason_to_refuse_a_request_is_counted_once_and_logged() -> None:
         lifecycle = Lifecycle(Phase.SERVING)
         routes = [Route("/slow", slow, methods=["POST"]), Route("/metrics", show)]
         admission = Admission(Starlette(routes=routes), LIMITS)
-        app = Refreshing(Drain(admission, lifecycle), lambda: metrics.refresh(admission.running, 0))
+        drain = Drain(admission, lifecycle, going.set)
+        app = Refreshing(drain, lambda: metrics.refresh(admission.running, 0))
         watch = Watch(app, frozenset({"/slow"}), metrics.count_response, logged.append)
         async with client_of(watch) as client:
 
@@ -178,16 +179,16 @@ def test_every_reason_to_refuse_a_request_is_counted_once_and_logged() -> None:
             none = dict.fromkeys(Refusal, 0)
             one = none | dict.fromkeys(("full", "body_too_large", "body_too_slow", "draining"), 1)
             assert await scraped() == (0, none)
-            running = asyncio.ensure_future(client.post("/slow", content=b"fine"))
-            await begun.wait()
             answers = [
-                await client.post("/slow"),
                 await client.post("/slow", content=b"x" * 11),
                 await client.post("/slow", content=forever()),
             ]
+            running = asyncio.ensure_future(client.post("/slow", content=b"fine"))
+            await begun.wait()
+            answers.append(await client.post("/slow"))
             lifecycle.enter(Phase.DRAINING, "waiting")
             answers.append(await client.post("/slow"))
-            assert [answer.status_code for answer in answers] == [429, 413, 408, 503]
+            assert [answer.status_code for answer in answers] == [413, 408, 429, 503]
             assert await scraped() == (1, one)
             going.set()
             assert (await running).text == "fine"

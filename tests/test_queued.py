@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from sliceserve.server.auth import KeyRing
 from sliceserve.server.exchange import Exchange, Refusal, Watch
-from sliceserve.server.health import Lifecycle, Phase
+from sliceserve.server.health import EngineProbe, Lifecycle, Phase
 from sliceserve.server.layering import Access, while_serving
 from sliceserve.server.metrics import ServerMetrics
 from sliceserve.server.queued import QueueLimit, TokenQueue
@@ -256,6 +256,7 @@ def test_a_full_queue_makes_the_server_unready(limit: int | None, status: int) -
     serving, _ = while_serving(
         app,
         engine,
+        EngineProbe(engine.answer, 1),
         Access(KeyRing(), frozenset(), cross_origin=False),
         ServerSettings(),
         Lifecycle(Phase.SERVING),

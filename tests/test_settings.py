@@ -91,9 +91,10 @@ def test_an_unknown_key_in_the_file_is_an_error(line: str, tmp_path: Path) -> No
         main(["DIR", "--config", config(tmp_path, f"{line}\n"), "--print-config"])
 
 
-def test_an_unknown_variable_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLICESERVE_DRAIN_TIME", "3")
-    with pytest.raises(UserError, match="SLICESERVE_DRAIN_TIME: there is no such setting"):
+@pytest.mark.parametrize("name", ["SLICESERVE_DRAIN_TIME", "sliceserve_drain_time"])
+def test_an_unknown_variable_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "3")
+    with pytest.raises(UserError, match=f"{name}: there is no such setting"):
         main(["DIR", "--print-config"])
 
 
