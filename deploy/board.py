@@ -4,6 +4,7 @@ python deploy/board.py > helm/sliceserve/dashboards/sliceserve.json
 """
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -75,13 +76,17 @@ PREFIX = "vllm:prefix_cache"
 GPU = "{{instance}} GPU {{gpu}}"
 MEMORY_SHARE = f"{by_gpu('memory_used_bytes')} / {by_gpu('memory_total_bytes')}"
 RESPONSES = "sliceserve_http_responses_total"
-ERRORS = f"{rate(RESPONSES, ',status=~' + json.dumps('5..'))} / {rate(RESPONSES)}"
+# Probes, scrapes and the status page are not what clients ask for; the alert leaves them out too.
+ASKED = ',route!~"/livez|/readyz|/health|/metrics|/status.json|/"'
+# Without errors there is no series, and without requests no number.
+ERRORS = f"{rate(RESPONSES, ASKED + ',status=~' + json.dumps('5..'))} / {rate(RESPONSES, ASKED)}"
+ERRORS = f"{ERRORS} > 0 or vector(0)"
 
 TILES = [
     Panel("Requests", "reqps", {"": rate(RESPONSES, ',route=~"/v1/.*"')}),
     Panel("Tokens in", "short", {"": rate("sliceserve_prompt_tokens_total")}, "a second"),
     Panel("Tokens out", "short", {"": rate("sliceserve_generation_tokens_total")}, "a second"),
-    Panel("5xx", "percentunit", {"": ERRORS}, "of all answers"),
+    Panel("5xx", "percentunit", {"": ERRORS}, "of all answers to clients"),
     Panel("GPUs in use", "short", {"": f"sum({of('sliceserve_gpus')})"}),
     Panel(
         "GPU-ms per token",
@@ -129,6 +134,18 @@ ROWS = {
         ),
         Panel("Requests at work", "short", by_instance("vllm:num_requests_running")),
         Panel("Requests waiting", "short", by_instance("vllm:num_requests_waiting")),
+        Panel(
+            "Requests let in",
+            "short",
+            by_instance("sliceserve_running_requests"),
+            "what --max-requests counts",
+        ),
+        Panel(
+            "Prompt tokens waiting",
+            "short",
+            by_instance("sliceserve_queued_prompt_tokens"),
+            "what --max-queued-tokens counts",
+        ),
     ],
     "GPUs": [
         Panel(
@@ -238,11 +255,14 @@ def board() -> dict[str, Any]:
                 "panels": [],
             }
         )
+        lines = math.ceil(len(row) / 4)
+        each = math.ceil(len(row) / lines)
         for index, panel in enumerate(row):
-            width = COLUMNS // len(row)
-            place = {"x": index * width, "y": y + 1, "w": width, "h": 8}
+            line, column = divmod(index, each)
+            width = COLUMNS // each
+            place = {"x": column * width, "y": y + 1 + 8 * line, "w": width, "h": 8}
             panels.append(drawn(panel, "timeseries", len(panels) + 1, place))
-        y += 9
+        y += 1 + 8 * lines
     within = 'sliceserve_gpus{namespace=~"$namespace"'
     return {
         "title": "sliceserve",

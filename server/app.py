@@ -6,7 +6,9 @@ import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from fastapi import HTTPException
 from prometheus_client import REGISTRY
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from vllm.logger import init_logger
 from vllm.third_party import pynvml
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-    from fastapi import FastAPI
+    from fastapi import FastAPI, Request, Response
 
     from sliceserve.server.exchange import Exchange
     from sliceserve.server.settings import ServerSettings
@@ -55,6 +57,7 @@ async def create_app(
     app.router.routes[:] = [
         route for route in app.routes if getattr(route, "path", None) not in CLOSED_PATHS
     ]
+    answer_as_openai(app)
     await vllm_compat.init_app_state(engine_client, app.state, args, supported_tasks)
     facts = sliced_facts(summary)
     show_facts(app, facts)
@@ -67,6 +70,19 @@ async def create_app(
     }
     show_status(app, fixed, live)
     return app
+
+
+def answer_as_openai(app: FastAPI) -> None:
+    """Have vLLM's error object answer for the router too, and for bodies that are no text."""
+    answer: Any = app.exception_handlers[HTTPException]
+
+    async def answer_with_headers(request: Request, error: StarletteHTTPException) -> Response:
+        response: Response = await answer(request, error)
+        response.headers.update(error.headers or {})
+        return response
+
+    app.exception_handler(StarletteHTTPException)(answer_with_headers)
+    app.middleware_stack = app.build_middleware_stack()  # vLLM has built it with the old ones
 
 
 def create_metrics(vllm_config: Any, summary: CheckpointSummary) -> ServerMetrics:

@@ -129,6 +129,12 @@ def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
         action="store_true",
         help="keep what is unfinished when the run ends early, and go on from it",
     )
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="implies --resume, but what was begun with other inputs, such as another version or a "
+        "new copy of the model, is removed and begun anew",
+    )
 
 
 def _add_perplexity(commands: "argparse._SubParsersAction[Parser]") -> None:

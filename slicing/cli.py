@@ -60,7 +60,7 @@ def run(arguments: list[str]) -> int:
         # An interrupt inside a library may come out as an error of the library's own.
         if not received and not isinstance(error, KeyboardInterrupt):
             raise
-        if options.get("resume"):
+        if options.get("resume") or options.get("restart"):
             raise UserError("interrupted; the same command goes on where it stopped") from None
         raise KeyboardInterrupt from None
     finally:

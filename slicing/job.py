@@ -33,7 +33,7 @@ from sliceserve.slicing.heldout import HELD_OUT_WINDOWS, measure_held_out
 from sliceserve.slicing.layers import DenseLayers
 from sliceserve.slicing.memory import TOKENS_PER_BATCH, peak_bytes, signal_budget
 from sliceserve.slicing.parts import PartWriter, assemble_shards, remove_shards
-from sliceserve.slicing.progress import UNFINISHED, Progress
+from sliceserve.slicing.progress import UNFINISHED, Progress, keep_job, remove_other
 from sliceserve.slicing.selftext import SELF, write_windows
 from sliceserve.slicing.shape import choose_shape
 from sliceserve.slicing.slicer import Slicer
@@ -77,6 +77,7 @@ class SliceOptions:
         compute_dtype: that layers run in; None takes what `devices.layers_dtype` says.
         memory_limit: bytes of host memory; None takes most of what is available.
         resume: keep what is unfinished when the run ends early, and go on from it.
+        restart: resume, but begin anew what was begun with other inputs.
 
     """
 
@@ -98,6 +99,7 @@ class SliceOptions:
     compute_dtype: str | None = None
     memory_limit: int | None = None
     resume: bool = False
+    restart: bool = False
 
     @property
     def surveys(self) -> bool:
@@ -184,11 +186,15 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
     room = shape.parameters * dtype.itemsize
     room += kept_on_disk(options, model, tokens, forward_dtype)
     with (
-        staged_directory(options.output, room, options.resume) as staging,
+        staged_directory(options.output, room, options.resume or options.restart) as staging,
         ThreadPoolExecutor(1) as hasher,
     ):
         unfinished = staging / UNFINISHED
         job_of_files = job | {"source files": files}
+        if options.restart:
+            remove_other(unfinished, job_of_files)
+        unfinished.mkdir(exist_ok=True)
+        keep_job(unfinished / "job.json", job_of_files)
         if not Progress(unfinished, job_of_files).part_bytes:
             remove_shards(staging)
         sha256 = hasher.submit(model.sha256)
@@ -360,7 +366,7 @@ def describe_job(
 ) -> dict[str, Any]:
     """Return what determines the result beside the source, as plain JSON."""
     chosen = asdict(options)
-    for name in ("output", "memory_limit", "resume"):
+    for name in ("output", "memory_limit", "resume", "restart"):
         del chosen[name]
     versions = {
         name: importlib.metadata.version(name)

@@ -1,6 +1,7 @@
 """How much of the host's memory a slicing run takes, and what it leaves for calibration signals."""
 
 import ctypes
+import math
 import os
 import resource
 from math import prod
@@ -15,6 +16,7 @@ from sliceserve.slicing.moments import ROWS_PER_PRODUCT
 AVAILABLE_SHARE = 0.8
 TOKENS_PER_BATCH = 4096
 ROWS_OF_LOGITS = 512
+CGROUP = Path("/sys/fs/cgroup")  # a container's own, as it sees it
 
 
 def peak_bytes() -> int:
@@ -28,9 +30,29 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def available_bytes() -> int:
-    """Return most of the host's free memory."""
-    return int(AVAILABLE_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+def available_bytes(cgroup: Path = CGROUP) -> int:
+    """Return most of the memory that is free on the host and within the container's limit."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(AVAILABLE_SHARE * min(free, container_bytes(cgroup)))
+
+
+def container_bytes(cgroup: Path) -> float:
+    """Return what a container's limit leaves, infinity without one; old page cache counts as free.
+
+    Args:
+        cgroup: the directory with the files of version 2, or with the folder `memory` of version 1.
+
+    """
+    for limit, usage, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        file = cgroup / limit
+        if file.exists() and (most := file.read_text().strip()) != "max":
+            lines = file.with_name("memory.stat").read_text().splitlines()
+            free = int(dict(map(str.split, lines))[cache])
+            return max(0, int(most) - int((cgroup / usage).read_text()) + free)
+    return math.inf
 
 
 def return_freed_memory() -> None:

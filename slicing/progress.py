@@ -5,6 +5,8 @@ written, signals and basis at the place reached. Whatever was under way is done 
 """
 
 import json
+import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,6 +23,8 @@ from sliceserve.slicing.weights import write_tensors
 
 STATE = "state.json"
 UNFINISHED = "unfinished"  # the directory of all this, in that of the output
+
+logger = logging.getLogger(__name__)
 
 
 class Progress:
@@ -118,6 +122,23 @@ def keep_job(path: Path, job: Mapping[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(job))
     temporary.replace(path)
+
+
+def remove_other(directory: Path, job: Mapping[str, Any]) -> None:
+    """Remove what is unfinished if it was begun with another job or cannot be read; say so.
+
+    Args:
+        directory: of what is unfinished; the job and every state that is in it tell theirs.
+        job: what determines the result, as plain JSON.
+
+    """
+    try:
+        for path in sorted(directory.rglob("*.json")):
+            noted = read_json_object(path)
+            _compare(noted.get("job", noted), json.loads(json.dumps(job)), directory.parent)
+    except UserError as error:
+        logger.warning("%s; --restart begins it anew", error)
+        shutil.rmtree(directory)
 
 
 def _compare(old: Any, new: Any, directory: Path) -> None:

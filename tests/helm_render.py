@@ -27,21 +27,25 @@ def scenario(path: Path) -> dict[str, Any]:
     return values
 
 
-def render_files(values: dict[str, Any], kube_version: str = "1.33.0") -> dict[str, str]:
+def render_files(
+    values: dict[str, Any], kube_version: str = "1.33.0", chart: Path = CHART
+) -> dict[str, str]:
     """Render every template, checked against the schema; also NOTES.txt."""
-    chart = helm_python.Chart.load(CHART)
-    chart.validate_schema(values)
+    loaded = helm_python.Chart.load(chart)
+    loaded.validate_schema(values)
     options = {"name": "demo", "namespace": "llm", "kube_version": kube_version}
     # The public method cannot set a namespace beside a version in this release.
     rendered: dict[str, str] = json.loads(
-        _native.call_string("helm_render", chart._raw(), json.dumps(values), json.dumps(options))
+        _native.call_string("helm_render", loaded._raw(), json.dumps(values), json.dumps(options))
     )
     return rendered
 
 
-def render(values: dict[str, Any], kube_version: str = "1.33.0") -> list[Manifest]:
+def render(
+    values: dict[str, Any], kube_version: str = "1.33.0", chart: Path = CHART
+) -> list[Manifest]:
     """Render every manifest."""
-    files = render_files(values, kube_version)
+    files = render_files(values, kube_version, chart)
     return [
         manifest
         for name, text in sorted(files.items())

@@ -54,6 +54,30 @@ def test_every_query_follows_the_variables() -> None:
     assert len(board_expressions()) >= 20
 
 
+def test_errors_are_those_that_the_alert_counts() -> None:
+    """Of clients' requests, and 0 rather than nothing while there are none."""
+    (tile,) = [panel for panel in board()["panels"] if panel["title"] == "5xx"]
+    (target,) = tile["targets"]
+    rules = of_kind(render(scenario(CHART / "ci" / "full-values.yaml")), "PrometheusRule")
+    alerts = {rule.get("alert"): rule for rule in rules[0]["spec"]["groups"][0]["rules"]}
+    left_out = re.findall(r'route!~"[^"]+"', alerts["SliceserveErrors"]["expr"])
+    assert len(set(left_out)) == 1
+    assert re.findall(r'route!~"[^"]+"', target["expr"]) == left_out
+    assert target["expr"].endswith("> 0 or vector(0)")
+
+
+def test_what_is_let_in_is_shown_with_what_is_refused() -> None:
+    panels = board()["panels"]
+    (start, end) = (
+        next(n for n, panel in enumerate(panels) if (panel["type"], panel["title"]) == ("row", row))
+        for row in ("Admission", "GPUs")
+    )
+    shown = " ".join(target["expr"] for p in panels[start:end] for target in p.get("targets", []))
+    for series in ("running_requests", "queued_prompt_tokens", "rejected_total"):
+        assert f"sliceserve_{series}{{" in shown
+    assert {p["gridPos"]["w"] for p in panels[start + 1 : end]} == {8}
+
+
 def test_the_sidecar_finds_the_board() -> None:
     values = scenario(CHART / "ci" / "full-values.yaml")
     maps = of_kind(render(values), "ConfigMap")

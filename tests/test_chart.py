@@ -3,9 +3,12 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,16 @@ import kubernetes_validate
 import pytest
 import yaml
 from helm_python import HelmError
-from helm_render import CHART, REPOSITORY, SCENARIOS, Manifest, of_kind, render, scenario
+from helm_render import (
+    CHART,
+    REPOSITORY,
+    SCENARIOS,
+    Manifest,
+    of_kind,
+    render,
+    render_files,
+    scenario,
+)
 
 from sliceserve.server.serve import make_parser, parse_arguments
 from sliceserve.slicing.checkpoint import read_checkpoint_summary
@@ -22,6 +34,8 @@ from sliceserve.slicing.checkpoint import read_checkpoint_summary
 NEWEST = int(kubernetes_validate.latest_version().split(".")[1])
 FULL = scenario(CHART / "ci" / "full-values.yaml")
 NODES = scenario(CHART / "ci" / "nodes-values.yaml")
+HPA = scenario(CHART / "ci" / "hpa-values.yaml")
+NOTES = "sliceserve/templates/NOTES.txt"
 PAPER = "--rotation dense --basis pca --refit none"
 HUB: dict[str, Any] = {"model": {"hub": "owner/name"}}
 ids = {"ids": lambda path: path.name.removesuffix("-values.yaml")}
@@ -118,6 +132,8 @@ def test_custom_resources_fit_the_release() -> None:
         "threshold": "5",
     }
     assert "replicas" not in deployment["spec"]
+    slowly = {"scaleDown": {"stabilizationWindowSeconds": 600}}
+    assert scaled["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"] == slowly
     (route,) = of_kind(manifests, "HTTPRoute")
     (rule,) = route["spec"]["rules"]
     assert rule["timeouts"] == {"request": "3600s"}
@@ -128,11 +144,19 @@ def test_custom_resources_fit_the_release() -> None:
     assert [endpoint["port"] for endpoint in monitor["spec"]["endpoints"]] == [port["name"]]
     wanted = monitor["spec"]["selector"]["matchLabels"].items()
     assert wanted <= service["metadata"]["labels"].items()
-    manifests = render(scenario(CHART / "ci" / "hpa-values.yaml"))
+    manifests = render(HPA)
     (monitor,) = of_kind(manifests, "PodMonitor")
     labels = server_pod(FULL)["metadata"]["labels"].items()
     assert monitor["spec"]["selector"]["matchLabels"].items() <= labels
     assert monitor["spec"]["podMetricsEndpoints"][0]["port"] == "http"
+    (scaler,) = of_kind(manifests, "HorizontalPodAutoscaler")
+    assert scaler["spec"]["behavior"] == slowly
+    (metric,) = scaler["spec"]["metrics"]
+    assert metric["pods"]["metric"]["selector"] == {"matchLabels": {"model_name": "llama"}}
+    (scaler,) = of_kind(
+        render(with_values(HPA, "model.servedName", "owner/name")), "HorizontalPodAutoscaler"
+    )
+    assert "selector" not in scaler["spec"]["metrics"][0]["pods"]["metric"], "a label has no slash"
 
 
 def objects(values: dict[str, Any], path: str = "") -> Iterator[str]:
@@ -158,7 +182,15 @@ def test_a_typo_is_refused(path: str) -> None:
     [
         ("slice.fraction", 1),
         ("slice.fraction", "a quarter"),
-        ("server.replicas", 0),
+        ("slice.fraction", "1.0"),
+        ("slice.targetParams", "1.5"),
+        ("monitoring.rules.ttftSeconds", 8.5),
+        ("monitoring.rules.ttftSeconds", "8.5"),
+        ("monitoring.rules.errorRatio", "5%"),
+        ("monitoring.rules.regression", "0.9"),
+        ("server.replicas", -1),
+        ("server.updateStrategy", "OnDelete"),
+        ("slice.extraEnv", [{"value": "unnamed"}]),
         ("server.tensorParallelSize", 1.5),
         ("autoscaling.kind", "vpa"),
         ("image.digest", "latest"),
@@ -188,6 +220,14 @@ def test_impossible_values_are_refused(path: str, value: Any) -> None:
         (
             HUB | {"autoscaling": {"kind": "keda"}, "checkpoints": {"existingClaim": "c"}},
             "needs autoscaling.prometheusAddress",
+        ),
+        (
+            HPA | {"autoscaling": {"kind": "hpa", "minReplicas": 5, "maxReplicas": 4}},
+            "autoscaling.minReplicas is 5, more than autoscaling.maxReplicas = 4",
+        ),
+        (
+            with_values(NODES, "server.updateStrategy", "Recreate"),
+            "server.updateStrategy Recreate is for a Deployment",
         ),
     ],
 )
@@ -316,6 +356,9 @@ def test_the_grace_period_covers_the_drain() -> None:
 def test_a_rolling_update_never_goes_below_capacity() -> None:
     (deployment,) = of_kind(render(FULL), "Deployment")
     assert deployment["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+    values = with_values(FULL, "server.updateStrategy", "Recreate")
+    (deployment,) = of_kind(render(values), "Deployment")
+    assert deployment["spec"]["strategy"] == {"type": "Recreate"}, "Kubernetes takes no more"
 
 
 @pytest.mark.parametrize("path", SCENARIOS, **ids)
@@ -334,6 +377,14 @@ def test_selectors_find_their_pods_and_no_others(path: Path) -> None:
         assert matching == ["server"]
 
 
+def selects(selector: Manifest, labels: dict[str, str]) -> bool:
+    """Whether a selector of the chart's finds a pod."""
+    return selector["matchLabels"].items() <= labels.items() and all(
+        labels.get(wanted["key"]) in wanted["values"]
+        for wanted in selector.get("matchExpressions", [])
+    )
+
+
 def egress_ports(values: dict[str, Any], component: str) -> set[int]:
     """Ports to which the policies let a pod connect, wherever to."""
     policies = of_kind(render(values), "NetworkPolicy")
@@ -342,9 +393,9 @@ def egress_ports(values: dict[str, Any], component: str) -> set[int]:
     return {
         port["port"]
         for policy in policies
-        if policy["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+        if selects(policy["spec"]["podSelector"], labels)
         for rule in policy["spec"].get("egress", [])
-        for port in rule["ports"]
+        for port in rule.get("ports", [])
     }
 
 
@@ -354,6 +405,10 @@ def test_only_a_job_that_downloads_reaches_the_internet() -> None:
     assert egress_ports(FULL, "test") == {53, 8000}
     claim = {"model": {"claim": {"name": "models", "path": "llama"}}}
     assert egress_ports(claim, "slice") == {53}
+    for component in ("server", "worker"):
+        assert egress_ports(NODES, component) == {53, 3128}
+    assert egress_ports(NODES, "slice") == {53, 443, 3128}
+    assert egress_ports(NODES, "test") == {53, 8000}
 
 
 def test_a_job_is_another_when_anything_in_it_is() -> None:
@@ -362,12 +417,193 @@ def test_a_job_is_another_when_anything_in_it_is() -> None:
     newer_image = slicing_job(with_values(HUB, "image.tag", "0.2.0"))
     assert newer_image["metadata"]["name"] != first["metadata"]["name"]
     assert output_of(newer_image) == output_of(first)
-    renamed = slicing_job(with_values(HUB, "server.replicas", 1))
+    renamed = slicing_job(with_values(HUB, "server.maxModelLen", 1024))
     assert renamed == first
+    for path, value in (
+        ("slice.gpus", 1), ("slice.runtimeClassName", "nvidia"), ("server.replicas", 0),
+        ("slice.affinity", {"nodeAffinity": {}}), ("slice.extraEnv", [{"name": "A"}]),
+        ("model.hubToken.existingSecret", "token"), ("slice.backoffLimit", 7),
+    ):  # fmt: skip
+        other = slicing_job(with_values(HUB, path, value))
+        assert other["metadata"]["name"] != first["metadata"]["name"], path
+        assert output_of(other) == output_of(first), path
     more = slicing_job(with_values(HUB, "slice.fraction", 0.3))
     assert output_of(more) != output_of(first)
     (server,) = server_pod(with_values(HUB, "slice.fraction", 0.3))["spec"]["containers"]
     assert server["command"] == ["sliceserve", "serve", output_of(more)]
+
+
+def test_a_slice_is_known_by_what_its_download_is_asked_for() -> None:
+    values = scenario(CHART / "ci" / "cpu-values.yaml")
+    directory = output_of(slicing_job(values))
+    for path, value in (("image", "other:2"), ("existingSecret", "other"), ("size", "300Gi")):
+        changed = with_values(values, f"model.download.{path}", value)
+        assert output_of(slicing_job(changed)) == directory, path
+    for path, words in (("command", ["sh"]), ("args", ["another"])):
+        changed = with_values(values, f"model.download.{path}", words)
+        assert output_of(slicing_job(changed)) != directory, path
+
+
+@pytest.mark.parametrize("path", ["slice.targetParams", "slice.fraction"])
+def test_a_number_that_helm_made_a_string_is_that_number(path: str) -> None:
+    number, text, zero = (
+        slicing_job(with_values(HUB, path, value)) for value in (0.75, "0.75", "0")
+    )
+    assert output_of(number) == output_of(text)
+    assert number == text
+    assert output_of(zero) == output_of(slicing_job(with_values(HUB, path, 0)))
+    expected = "0.25" if path == "slice.targetParams" else "0"
+    assert zero["spec"]["template"]["spec"]["containers"][0]["args"][1:3] == [
+        "--fraction", expected,
+    ]  # fmt: skip
+    assert "--fraction 0.25" in render_files(with_values(HUB, "slice.targetParams", "0"))[NOTES]
+
+
+def test_a_job_says_where_it_slices() -> None:
+    for values, device, classes in (
+        (HUB, "cpu", (None, "nvidia")),
+        (with_values(HUB, "slice.gpus", 2), "cuda", ("nvidia", "nvidia")),
+        (with_values(HUB | {"server": {"gpuResource": ""}}, "slice.gpus", 2), "cpu", None),
+    ):
+        spec = slicing_job(values)["spec"]["template"]["spec"]
+        (container,) = spec["containers"]
+        assert container["args"][3:5] == ["--device", device]
+        limits = container["resources"]["limits"]
+        assert limits.get("nvidia.com/gpu") == ("2" if device == "cuda" else None)
+        if classes:
+            of_server = with_values(values, "server.runtimeClassName", "nvidia")
+            own = with_values(values, "slice.runtimeClassName", "nvidia")
+            found = [slicing_job(v)["spec"]["template"]["spec"] for v in (of_server, own)]
+            assert tuple(spec.get("runtimeClassName") for spec in found) == classes
+
+
+def test_what_shares_a_volume_of_one_node_runs_on_it() -> None:
+    """A ReadWriteOnce volume; the Job follows the server, whose pods follow each other."""
+    server, job = server_pod(HUB), slicing_job(HUB)["spec"]["template"]
+    for pod in (server, job):
+        affinity = pod["spec"]["affinity"].pop("podAffinity")
+        (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]
+        assert term["topologyKey"] == "kubernetes.io/hostname"
+        assert selects(term["labelSelector"], server["metadata"]["labels"])
+        assert not selects(term["labelSelector"], job["metadata"]["labels"])
+        assert pod["spec"]["affinity"] == {}
+    for free in (FULL, NODES, HPA):
+        assert all(
+            "podAffinity" not in pod["spec"].get("affinity", {}) for pod in pods(render(free))
+        )
+    alone = slicing_job(with_values(HUB, "server.replicas", 0))["spec"]["template"]["spec"]
+    assert "affinity" not in alone, "or nobody would have a node"
+    mine: dict[str, Any] = {"podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}}
+    values = with_values(with_values(HUB, "server.affinity", mine), "slice.affinity", mine)
+    assert server_pod(values)["spec"]["affinity"] == mine
+    assert slicing_job(values)["spec"]["template"]["spec"]["affinity"] == mine
+    beside: dict[str, Any] = {"nodeAffinity": {}}
+    both = server_pod(with_values(HUB, "server.affinity", beside))["spec"]["affinity"]
+    assert both.keys() == {"nodeAffinity", "podAffinity"}
+
+
+def test_no_service_has_the_name_of_a_group() -> None:
+    """Its controller makes a headless service of that name only if there is none."""
+    manifests = render(NODES)
+    (group,) = of_kind(manifests, "LeaderWorkerSet")
+    services = {service["metadata"]["name"] for service in of_kind(manifests, "Service")}
+    assert services
+    assert group["metadata"]["name"] not in services
+    assert f"leaderworkerset/{group['metadata']['name']} " in render_files(NODES)[NOTES]
+
+
+def test_the_operators_environment_comes_last() -> None:
+    found = list(pods(render(NODES)))
+    names = {"server": "NCCL_SOCKET_IFNAME", "worker": "NCCL_SOCKET_IFNAME", "slice": "HTTPS_PROXY"}
+    for pod in found:
+        component = pod["metadata"]["labels"]["app.kubernetes.io/component"]
+        (container,) = pod["spec"]["containers"]
+        if component in names:
+            assert container["env"][-1]["name"] == names[component]
+    values = with_values(
+        scenario(CHART / "ci" / "cpu-values.yaml"), "slice.extraEnv", [{"name": "A"}]
+    )
+    (download,) = slicing_job(values)["spec"]["template"]["spec"]["initContainers"]
+    assert download["env"] == [{"name": "A"}]
+
+
+def test_both_accounts_are_annotated() -> None:
+    accounts = of_kind(render(NODES), "ServiceAccount")
+    assert len(accounts) == 2
+    for account in accounts:
+        assert account["metadata"]["annotations"] == NODES["serviceAccounts"]["annotations"]
+
+
+@pytest.mark.parametrize("values", [FULL, NODES], ids=["deployment", "group"])
+def test_another_chart_alone_loads_no_model_anew(values: dict[str, Any], tmp_path: Path) -> None:
+    """Whoever names an image is not given another by a chart's version."""
+    newer = shutil.copytree(CHART, tmp_path / "chart")
+    text = (newer / "Chart.yaml").read_text()
+    (newer / "Chart.yaml").write_text(text.replace("ersion: 0.1.0", "ersion: 0.2.0"))
+    values = with_values(values, "image.tag", "mine")
+    before, after = (list(pods(render(values, chart=chart))) for chart in (CHART, newer))
+    without_test = [[pod for pod in found if "kind" not in pod] for found in (before, after)]
+    assert len(without_test[0]) >= 2
+    assert without_test[0] == without_test[1]
+
+
+def test_failed_tries_stay_and_ray_has_room() -> None:
+    assert slicing_job(HUB)["spec"]["template"]["spec"]["restartPolicy"] == "Never"
+    sizes = {
+        pod["metadata"]["labels"]["app.kubernetes.io/component"]: volume["emptyDir"]["sizeLimit"]
+        for pod in pods(render(NODES))
+        for volume in pod["spec"].get("volumes", [])
+        if volume["name"] == "tmp"
+    }
+    assert sizes == {"server": "10Gi", "worker": "10Gi", "slice": "10Gi"}
+
+
+def test_the_notes_commands_are_typed_one_after_the_other() -> None:
+    notes = render_files(HUB)[NOTES]
+    job = slicing_job(HUB)["metadata"]["name"]
+    assert f"logs -f --pod-running-timeout=30m job/{job}\n" in notes
+    assert " &\n" not in notes
+    forward, another, ask = notes[notes.index("kubectl -n llm port-forward") :].splitlines()[:3]
+    assert forward.endswith("svc/demo-sliceserve 8000:80")
+    assert "another terminal" in another
+    assert ask.strip().startswith("curl http://localhost:8000/")
+
+
+COMMANDS = [
+    (page, command)
+    for page in ("README.md", "docs/operate.md", "helm/sliceserve/README.md")
+    for block in re.findall(r"```sh\n(.*?)```", (REPOSITORY / page).read_text(), re.DOTALL)
+    for command in re.findall(r"^helm (?:install|upgrade) (?:.*\\\n)*.*", block, re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_the_pages_commands_are_not_refused(page: str, command: str) -> None:
+    """With the values that Helm itself makes of --set."""
+    words = shlex.split(command, comments=True)
+    assert words[3] == "helm/sliceserve"
+    values: dict[str, Any] = {}
+    for flag, expression in pairwise(words):
+        if flag == "--set":
+            merged = helm_python.parse_set_string(expression)
+            place = values
+            # Every expression of the pages has one path.
+            while isinstance(merged, dict):
+                ((name, merged),) = merged.items()
+                if isinstance(merged, dict):
+                    place = place.setdefault(name, {})
+                else:
+                    place[name] = merged
+    if "--reset-then-reuse-values" in words:
+        values = {**HUB, **values}
+    assert values
+    assert of_kind(render(values), "Job"), page
+
+
+def test_the_pages_have_commands() -> None:
+    assert {page for page, _ in COMMANDS} >= {"docs/operate.md", "helm/sliceserve/README.md"}
+    assert any("slice.targetParams=0.75" in command for _, command in COMMANDS)
+    assert any("server.replicas=0" in command for _, command in COMMANDS)
 
 
 def test_the_job_slices_once_and_for_all(tiny: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from helm_render import BOARD, REPOSITORY
 from test_rules import PROMTOOL, needs_promtool
 
 from sliceserve.server.serve import make_parser, parse_arguments
+from sliceserve.slicing.cli import EXIT_USER_ERROR
 
 DEPLOY = REPOSITORY / "deploy"
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
@@ -91,6 +92,8 @@ def test_the_unit_leaves_time_to_drain() -> None:
     assert settings.api_key_file
     assert int(service["TimeoutStopSec"]) >= settings.drain_timeout + 20
     assert service["KillMode"] == "mixed"
+    assert service["Restart"] == "on-failure"
+    assert int(service["RestartPreventExitStatus"]) == EXIT_USER_ERROR
 
 
 @needs_promtool

@@ -119,6 +119,22 @@ def test_every_route_of_the_running_server_needs_a_key(server: ServerProcess) ->
     assert "vllm:num_requests_running" in get(server, "/metrics").text
 
 
+def test_what_the_router_refuses_is_an_openai_error(server: ServerProcess) -> None:
+    headers = {"Authorization": f"Bearer {FIXED_KEY}", "Content-Type": "application/json"}
+    for method, path, body, status in (
+        ("GET", "/no/such", b"", 404),
+        ("PUT", "/v1/models", b"", 405),
+        ("POST", "/tokenize", b"\xff\x00", 400),
+    ):
+        answer = httpx.request(
+            method, f"{server.url}{path}", content=body, headers=headers, timeout=60
+        )
+        assert answer.status_code == status
+        assert answer.json()["error"]["code"] == status
+        assert answer.json()["error"]["message"]
+        assert ("GET" in answer.headers.get("allow", "")) == (status == 405)
+
+
 def test_the_openai_client_is_told_what_is_wrong(server: ServerProcess) -> None:
     good = openai.OpenAI(base_url=f"{server.url}/v1", api_key=FIXED_KEY, max_retries=0)
     assert [model.id for model in good.models.list()] == ["sliced"]

@@ -150,6 +150,87 @@ def test_another_source_is_refused(unfinished: SliceOptions) -> None:
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def restarted(unfinished: SliceOptions, **change: Any) -> SliceOptions:
+    return SliceOptions(**vars_of(unfinished) | {"resume": False, "restart": True} | change)
+
+
+@pytest.mark.parametrize("noted", ["state.json", "job.json"])
+def test_a_restart_begins_anew_what_had_other_inputs(
+    noted: str,
+    unfinished: SliceOptions,
+    expected: dict[str, bytes],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The state tells its job, and before the first state the job is noted by itself."""
+    path = unfinished.output.with_name(".out.partial") / "unfinished" / noted
+    text = path.read_text()
+    assert '"seed": 0' in text
+    path.write_text(text.replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(UserError, match=r"options\.seed was 1 and is 0"):
+        run_slice(unfinished, show_progress=False)
+    run_slice(restarted(unfinished), show_progress=False)
+    (said,) = [line for line in caplog.messages if "begins it anew" in line]
+    assert "options.seed was 1 and is 0" in said
+    assert contents(unfinished.output) == expected
+    assert [path.name for path in unfinished.output.parent.iterdir()] == ["out"]
+
+
+def test_a_restart_begins_anew_with_a_new_copy_of_the_model(
+    unfinished: SliceOptions, expected: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = Path(unfinished.model) / "model.safetensors"
+    before = weights.stat()
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    run_slice(restarted(unfinished), show_progress=False)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert "source files.model.safetensors was" in caplog.text
+    assert contents(unfinished.output) == expected
+
+
+def test_a_restart_goes_on_with_the_same_inputs(
+    unfinished: SliceOptions,
+    expected: dict[str, bytes],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    finish_part, finished = Progress.finish_part, []
+
+    def count(self: Progress, *arguments: Any) -> None:
+        finish_part(self, *arguments)
+        finished.append(len(self.part_bytes))
+
+    monkeypatch.setattr(Progress, "finish_part", count)
+    run_slice(restarted(unfinished), show_progress=False)
+    assert finished == [2, 3, 4, 5]
+    assert "begins it anew" not in caplog.text
+    assert contents(unfinished.output) == expected
+
+
+def test_a_restart_leaves_what_another_run_is_writing(unfinished: SliceOptions) -> None:
+    partial = unfinished.output.with_name(".out.partial")
+    before = sorted(partial.rglob("*"))
+    descriptor = os.open(partial, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another run is writing"):
+        run_slice(restarted(unfinished, seed=1), show_progress=False)
+    os.close(descriptor)
+    assert sorted(partial.rglob("*")) == before
+
+
+def test_the_command_line_restarts(
+    unfinished: SliceOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["slice", unfinished.model, "--output", str(unfinished.output)]
+    arguments += ["--fraction=0.25", "--samples=8", "--sequence-length=32", "--device=cpu"]
+    arguments += [f"--{name}={value}" for name, value in PAPER.items()]
+    assert main([*arguments, "--resume"]) == 2
+    capsys.readouterr()
+    assert main([*arguments, "--restart"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "begins it anew" in line]
+    assert len(said) == 1
+    assert "options.fraction was 0.3 and is 0.25" in said[0]
+
+
 def test_unfinished_work_is_not_written_over(unfinished: SliceOptions) -> None:
     options = SliceOptions(**vars_of(unfinished) | {"resume": False})
     with pytest.raises(UserError, match="is left of an unfinished run: go on with --resume"):

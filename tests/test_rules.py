@@ -22,15 +22,31 @@ needs_promtool = pytest.mark.skipif(
     PROMTOOL is None, reason="no promtool: apt gave no prometheus package to `make install`"
 )
 
-# For every alert: series on which it fires after 45 minutes, and the same with what keeps it quiet.
-CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+UP = f"up{{{POD}}}"
+# Of another release: a series, so that there is a time at which to ask.
+ANOTHER = {'up{namespace="llm",pod="another-5d9c7b-x2x4z"}': "1x2000"}
+
+# For every alert: series on which it fires after 45 minutes, and such as keep it quiet.
+CASES: dict[str, tuple[dict[str, str], ...]] = {
     "SliceserveTargetDown": (
-        {f"up{{{POD}}}": "0x2000"},
-        {f"up{{{POD}}}": "1x2000"},
+        {UP: "1x10 0x2000"},
+        {UP: "1x2000"},
+        # Still loading.
+        {UP: "0x2000"},
     ),
+    # A pod that is gone has no series.
     "SliceserveNoReplicaReady": (
-        {'up{namespace="llm",pod="another-5d9c7b-x2x4z"}': "1x2000"},
-        {f"up{{{POD}}}": "1x2000"},
+        {UP: "1x38 0x2", **ANOTHER},
+        {UP: "1x2000"},
+        {UP: "0x2000"},
+        {UP: "1x44 0x2000"},
+        ANOTHER,
+    ),
+    "SliceserveNoReplicaYet": (
+        {UP: "0x2000"},
+        {UP: "0x30 1x2000"},
+        # That is the other alert's.
+        {UP: "1x2 0x2000"},
     ),
     "SliceserveErrors": (
         {
@@ -88,6 +104,9 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 }
 # The regression needs the day before.
 LATER = {"SliceserveGpuTimeRegression": "1500m"}
+# Names that Kubernetes gives pods of ours, and of others.
+DEPLOYMENT_POD = "demo-sliceserve-5d9c7b-x2x4z"
+LEADERS = ["demo-sliceserve-group-0", "demo-sliceserve-group-11"]
 
 
 def rules() -> dict[str, Any]:
@@ -116,14 +135,14 @@ def test_every_alert_says_what_to_do() -> None:
 
 
 def test_pods_of_a_group_are_found_by_their_leader() -> None:
-    """Its pods are demo-sliceserve-0, the leader, and demo-sliceserve-0-1, a worker."""
+    """A group's leader has its number, a worker a second: demo-sliceserve-group-0-1."""
     values = scenario(CHART / "ci" / "nodes-values.yaml") | {
         "monitoring": {"rules": {"enabled": True}}
     }
     (rule,) = of_kind(render(values), "PrometheusRule")
     for spec, pods in (
-        (rules(), ["demo-sliceserve-5d9c7b-x2x4z"]),
-        (rule["spec"], ["demo-sliceserve-0", "demo-sliceserve-11"]),
+        (rules(), [DEPLOYMENT_POD]),
+        (rule["spec"], LEADERS),
     ):
         (group,) = spec["groups"]
         (down,) = (
@@ -132,10 +151,12 @@ def test_pods_of_a_group_are_found_by_their_leader() -> None:
         pattern = re.search(r'pod=~"([^"]+)"', down["expr"])
         assert pattern
         assert all(re.fullmatch(pattern[1], pod) for pod in pods)
-        others = ["demo-sliceserve-slice-5d9c7b1234-x-y", "demo-sliceserve-test"]
+        others = ["demo-sliceserve-slice-5d9c7b1234-x2x4z", "demo-sliceserve-test"]
         assert not any(re.fullmatch(pattern[1], pod) for pod in others)
-    # The pattern of the last release, a group's.
-    assert not re.fullmatch(pattern[1], "demo-sliceserve-0-1")
+    # The pattern of the last release, a group's, of the set's own name.
+    assert not re.fullmatch(pattern[1], "demo-sliceserve-group-0-1")
+    (group_of_pods,) = of_kind(render(values), "LeaderWorkerSet")
+    assert re.fullmatch(pattern[1], f"{group_of_pods['metadata']['name']}-0")
 
 
 def test_every_expression_parses() -> None:
@@ -150,11 +171,13 @@ def test_promtool_takes_the_rules(tmp_path: Path) -> None:
 
 
 @needs_promtool
-@pytest.mark.parametrize("fires", [True, False], ids=["fires", "quiet"])
-@pytest.mark.parametrize("alert", CASES)
-def test_an_alert_fires_when_it_must(alert: str, fires: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("alert", "number"), [(alert, n) for alert, cases in CASES.items() for n in range(len(cases))]
+)
+def test_an_alert_fires_when_it_must(alert: str, number: int, tmp_path: Path) -> None:
+    """The first case fires, the others are quiet."""
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules()))
-    series = CASES[alert][0 if fires else 1]
+    series, fires = CASES[alert][number], number == 0
     when = LATER.get(alert, "45m")
     # The labels are those of the expression; that it fires at all is what is asked.
     count = f'count(ALERTS{{alertname="{alert}",alertstate="firing"}})'

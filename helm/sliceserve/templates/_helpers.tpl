@@ -49,15 +49,16 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 
 {{/* Everything that makes one slice another: names its directory. */}}
 {{- define "sliceserve.slice" -}}
-{{- $model := omit .Values.model "servedName" "hubToken" -}}
-{{- dict "model" $model "fraction" .Values.slice.fraction "target" .Values.slice.targetParams "args" .Values.slice.extraArgs | toJson | sha256sum | trunc 10 -}}
+{{- $download := pick .Values.model.download "command" "args" -}}
+{{- $model := merge (dict "download" $download) (omit .Values.model "servedName" "hubToken" "download") -}}
+{{- /* --set makes strings of numbers with a point. */}}
+{{- $sizes := dict "fraction" (float64 .Values.slice.fraction) "target" (float64 .Values.slice.targetParams) -}}
+{{- merge $sizes (dict "model" $model "args" .Values.slice.extraArgs) | toJson | sha256sum | trunc 10 -}}
 {{- end -}}
 
-{{/* Everything a Job is made of, since a Job cannot be changed: a new one finds the slice there. */}}
+{{/* With everything the Job is made of, since a Job cannot be changed: a new one finds the slice there. */}}
 {{- define "sliceserve.job" -}}
-{{- $parts := dict "chart" .Chart.Version "app" .Chart.AppVersion "gpu" .Values.server.gpuResource -}}
-{{- $parts = merge $parts (pick .Values "image" "model" "slice" "checkpoints" "podSecurity") -}}
-{{- printf "%s-slice-%s" (include "sliceserve.fullname" .) (toJson $parts | sha256sum | trunc 10) -}}
+{{- printf "%s-slice-%s" (include "sliceserve.fullname" .) (include "sliceserve.jobSpec" . | sha256sum | trunc 10) -}}
 {{- end -}}
 
 {{- define "sliceserve.directory" -}}
@@ -86,16 +87,47 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- div $ranks $nodes -}}
 {{- end -}}
 
+{{/* Not the name of the Service: the controller makes one of the group's name, without an address. */}}
+{{- define "sliceserve.group" -}}
+{{- include "sliceserve.fullname" . }}-group
+{{- end -}}
+
 {{/* What autoscaling scales. */}}
 {{- define "sliceserve.scaled" -}}
 {{- if eq (int .Values.server.nodes) 1 -}}
 apiVersion: apps/v1
 kind: Deployment
+name: {{ include "sliceserve.fullname" . }}
 {{- else -}}
 apiVersion: leaderworkerset.x-k8s.io/v1
 kind: LeaderWorkerSet
+name: {{ include "sliceserve.group" . }}
 {{- end }}
-name: {{ include "sliceserve.fullname" . }}
+{{- end -}}
+
+{{/* Whether the Job runs on GPUs. */}}
+{{- define "sliceserve.slicesOnGpus" -}}
+{{- if and .Values.slice.gpus .Values.server.gpuResource }}true{{ end -}}
+{{- end -}}
+
+{{/*
+An affinity, of a dict of root and affinity. A ReadWriteOnce volume is attached to one node: the Job and
+new pods of the server must be where its pods are.
+*/}}
+{{- define "sliceserve.affinity" -}}
+{{- $affinity := deepCopy .affinity -}}
+{{- with .root.Values -}}
+{{- $oneNode := and (not .checkpoints.existingClaim) (eq .checkpoints.accessMode "ReadWriteOnce") -}}
+{{- if and $oneNode .server.replicas (not (hasKey $affinity "podAffinity")) -}}
+{{- $labels := merge (dict "app.kubernetes.io/component" "server") (include "sliceserve.selectorLabels" $.root | fromYaml) -}}
+{{- $term := dict "topologyKey" "kubernetes.io/hostname" "labelSelector" (dict "matchLabels" $labels) -}}
+{{- $_ := set $affinity "podAffinity" (dict "requiredDuringSchedulingIgnoredDuringExecution" (list $term)) -}}
+{{- end -}}
+{{- end -}}
+{{- with $affinity -}}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end -}}
 {{- end -}}
 
 {{- define "sliceserve.podSecurityContext" -}}

@@ -10,7 +10,8 @@ runs the server and Ray's head, or worker, which lends its GPUs.
 {{- $store := "--object-store-memory=268435456" -}}
 metadata:
   labels:
-    {{- include "sliceserve.labels" $root | nindent 4 }}
+    # Not the chart's version: another chart alone must not load all models anew.
+    {{- include "sliceserve.selectorLabels" $root | nindent 4 }}
     app.kubernetes.io/component: {{ eq .role "worker" | ternary "worker" "server" }}
 spec:
   serviceAccountName: {{ include "sliceserve.fullname" $root }}-server
@@ -37,9 +38,8 @@ spec:
   tolerations:
     {{- toYaml . | nindent 4 }}
   {{- end }}
-  {{- with $server.affinity }}
-  affinity:
-    {{- toYaml . | nindent 4 }}
+  {{- with include "sliceserve.affinity" (dict "root" $root "affinity" $server.affinity) }}
+  {{- . | nindent 2 }}
   {{- end }}
   {{- with and (ne .role "worker") $server.spreadOver }}
   topologySpreadConstraints:
@@ -139,6 +139,9 @@ spec:
             fieldRef:
               fieldPath: status.podIP
         {{- end }}
+        {{- with $server.extraEnv }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
       {{- if ne .role "worker" }}
       ports:
         - name: http
@@ -194,7 +197,8 @@ spec:
         sizeLimit: {{ $server.cacheSize }}
     - name: tmp
       emptyDir:
-        sizeLimit: 1Gi
+        # Ray keeps logs and spilled objects there.
+        sizeLimit: {{ eq .role "alone" | ternary "1Gi" "10Gi" }}
     - name: shared-memory
       emptyDir:
         medium: Memory

@@ -1,0 +1,157 @@
+{{/* What the Job's name is a sum of. */}}
+{{- define "sliceserve.jobSpec" -}}
+{{- $source := include "sliceserve.source" . -}}
+backoffLimit: {{ .Values.slice.backoffLimit }}
+template:
+  metadata:
+    labels:
+      {{- include "sliceserve.selectorLabels" . | nindent 6 }}
+      app.kubernetes.io/component: slice
+  spec:
+    # The pods of failed tries stay, with their logs.
+    restartPolicy: Never
+    serviceAccountName: {{ include "sliceserve.fullname" . }}-slice
+    automountServiceAccountToken: false
+    enableServiceLinks: false
+    {{- with .Values.image.pullSecrets }}
+    imagePullSecrets:
+      {{- range . }}
+      - name: {{ . }}
+      {{- end }}
+    {{- end }}
+    {{- $onGpus := include "sliceserve.slicesOnGpus" . }}
+    {{- with .Values.slice.runtimeClassName | default (empty $onGpus | ternary "" .Values.server.runtimeClassName) }}
+    runtimeClassName: {{ . }}
+    {{- end }}
+    {{- with .Values.slice.priorityClassName }}
+    priorityClassName: {{ . }}
+    {{- end }}
+    {{- with .Values.slice.nodeSelector }}
+    nodeSelector:
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
+    {{- with .Values.slice.tolerations }}
+    tolerations:
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
+    {{- with include "sliceserve.affinity" (dict "root" . "affinity" .Values.slice.affinity) }}
+    {{- . | nindent 4 }}
+    {{- end }}
+    securityContext:
+      {{- include "sliceserve.podSecurityContext" . | nindent 6 }}
+    {{- with .Values.model.download }}
+    {{- if .image }}
+    initContainers:
+      - name: download
+        image: {{ .image }}
+        {{- with .command }}
+        command:
+          {{- toYaml . | nindent 10 }}
+        {{- end }}
+        {{- with .args }}
+        args:
+          {{- toYaml . | nindent 10 }}
+        {{- end }}
+        {{- with .existingSecret }}
+        envFrom:
+          - secretRef:
+              name: {{ . }}
+        {{- end }}
+        {{- with $.Values.slice.extraEnv }}
+        env:
+          {{- toYaml . | nindent 10 }}
+        {{- end }}
+        securityContext:
+          {{- include "sliceserve.securityContext" $ | nindent 10 }}
+        volumeMounts:
+          - name: model
+            mountPath: /model
+          - name: tmp
+            mountPath: /tmp
+    {{- end }}
+    {{- end }}
+    containers:
+      - name: slice
+        image: {{ include "sliceserve.image" . }}
+        imagePullPolicy: {{ .Values.image.pullPolicy }}
+        # The directory appears only when it is complete; a restarted Job goes on where it stopped.
+        command:
+          - sh
+          - -c
+          - |
+            [ -d "$0" ] && { echo "$0 is there already"; exit 0; }
+            exec sliceserve slice "$@" --output "$0" --restart
+          - {{ include "sliceserve.directory" . }}
+        args:
+          - {{ $source | quote }}
+          {{- if float64 .Values.slice.targetParams }}
+          - --target-params
+          - {{ .Values.slice.targetParams | quote }}
+          {{- else }}
+          - --fraction
+          - {{ .Values.slice.fraction | quote }}
+          {{- end }}
+          # Said, so that a Job whose GPU is not found ends, rather than slice on the CPU.
+          - --device
+          - {{ empty $onGpus | ternary "cpu" "cuda" }}
+          {{- range .Values.slice.extraArgs }}
+          - {{ . | quote }}
+          {{- end }}
+        env:
+          # The user has no entry in the image's passwd, and PyTorch asks for a name.
+          - name: USER
+            value: sliceserve
+          - name: HOME
+            value: /tmp
+          # Beside the checkpoints, so that a restart need not fetch the model again.
+          - name: HF_HOME
+            value: /checkpoints/.hub
+          {{- with .Values.model.hubToken }}
+          {{- if .existingSecret }}
+          - name: HF_TOKEN
+            valueFrom:
+              secretKeyRef:
+                name: {{ .existingSecret }}
+                key: {{ .key }}
+          {{- end }}
+          {{- end }}
+          {{- with .Values.slice.extraEnv }}
+          {{- toYaml . | nindent 10 }}
+          {{- end }}
+        resources:
+          {{- include "sliceserve.resources" (dict "root" . "resources" .Values.slice.resources "gpus" .Values.slice.gpus) | nindent 10 }}
+        securityContext:
+          {{- include "sliceserve.securityContext" . | nindent 10 }}
+        volumeMounts:
+          - name: checkpoints
+            mountPath: /checkpoints
+          - name: tmp
+            mountPath: /tmp
+          {{- if not .Values.model.hub }}
+          - name: model
+            mountPath: /model
+            readOnly: true
+          {{- end }}
+    volumes:
+      - name: checkpoints
+        persistentVolumeClaim:
+          claimName: {{ include "sliceserve.claim" . }}
+      - name: tmp
+        emptyDir:
+          sizeLimit: 10Gi
+      {{- if .Values.model.claim.name }}
+      - name: model
+        persistentVolumeClaim:
+          claimName: {{ .Values.model.claim.name }}
+          readOnly: true
+      {{- else if .Values.model.image.reference }}
+      - name: model
+        image:
+          reference: {{ .Values.model.image.reference }}
+          pullPolicy: {{ .Values.image.pullPolicy }}
+      {{- else if .Values.model.download.image }}
+      - name: model
+        emptyDir:
+          sizeLimit: {{ .Values.model.download.size }}
+      {{- end }}
+{{- end -}}
