@@ -18,6 +18,7 @@ EXPRESSION_CHARACTERS = 16384  # of a request: the API process compiles them bef
 _STOPS = ("stop", "stop_sequences")
 _FORMS = ("response_format", "structured_outputs", "tools", "text", "output_config")
 _EXPRESSIONS = ("pattern", "regex")
+_AS_TEXT = ("json", "structural_tag")
 _OUTPUT_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
@@ -51,14 +52,14 @@ def find_excess(given: dict[str, Any], bounds: Bounds) -> Excess | None:
     Values of a wrong type are left to vLLM, which refuses them; those that it would convert, such
     as the text "100", count as what it makes of them.
     """
-    prompts = _prompts(given)
+    several, prompts = _prompts(given)
     for asked in (given, given.get("sampling_params")):
         if not isinstance(asked, dict):
             continue
         sequences = prompts * max(1, _number(asked.get("n")))
         if sequences > bounds.sequences:
             return Excess(
-                "n" if prompts == 1 else "prompt",
+                "n" if prompts == 1 else several,
                 f"The request asks for {sequences} sequences, and {bounds.sequences} are allowed.",
             )
         for name in _OUTPUT_TOKENS:
@@ -102,21 +103,24 @@ def _expressions(form: Any) -> Iterator[str]:
             if isinstance(names := found.get("patternProperties"), dict):
                 yield from names
             yield from (found[key] for key in _EXPRESSIONS if isinstance(found.get(key), str))
-            if isinstance(schema := found.get("json"), str):
+            for text in (found[key] for key in _AS_TEXT if isinstance(found.get(key), str)):
                 with suppress(ValueError, RecursionError):
-                    pending.append(json.loads(schema))
+                    pending.append(json.loads(text))
         elif isinstance(found, list):
             pending += found
 
 
-def _prompts(given: dict[str, Any]) -> int:
-    """Return how many prompts there are: texts, lists of tokens, conversations, items to score."""
-    counts = [1]
+def _prompts(given: dict[str, Any]) -> tuple[str, int]:
+    """Return which argument has the most prompts, and how many.
+
+    They are texts, lists of tokens, conversations, or items to score.
+    """
+    counts = {"prompt": 1}
     for name, one in (("prompt", (str, list)), ("messages", list), ("items", (str, list))):
         value = given.get(name)
         if isinstance(value, list):
-            counts.append(sum(isinstance(part, one) for part in value))
-    return max(counts)
+            counts[name] = max(1, sum(isinstance(part, one) for part in value))
+    return max(counts.items(), key=lambda count: count[1])
 
 
 def _number(value: Any) -> int:

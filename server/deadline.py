@@ -31,7 +31,8 @@ class Deadline:
         """End all requests now, those that are yet to come too."""
         self._cut = True
         for limit in self._waiting:
-            limit.reschedule(asyncio.get_running_loop().time())
+            if not limit.expired():
+                limit.reschedule(asyncio.get_running_loop().time())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, and end it in time."""

@@ -84,11 +84,11 @@ async def run_until_signal(
         else:
             left = drain.running
             _logger.error("The engine died.")
-        failed = engine.errored or hanging.done()
         if left and not engine.errored and not hurry.is_set():
             _logger.warning("Requests that did not finish in time: %d", left)
             drain.cut()
             left = await drain.wait(2 * LAST_WORDS_S, hurry)
+        failed = not received or engine.errored or hanging.done()
         stop_engine = partial(engine.shutdown, timeout=0 if hurry.is_set() else ENGINE_STOP_S)
         if left:
             # First and in a thread, so that clients are told of its end.

@@ -16,26 +16,41 @@ if TYPE_CHECKING:
     from starlette.types import Scope
 
 _SCOPE_KEY = "sliceserve.work"
+BEAM = "-beam-"
 
 
 @dataclass
 class Work:
-    """The sequences that the engine computes for one request: vLLM's ``RequestState`` by id."""
+    """The sequences that the engine computes for one request.
 
-    sequences: dict[str, Any] = field(default_factory=dict)
+    Attributes:
+        prompt_tokens: once for all answers to a prompt, and for all beams of a search.
+        stats: vLLM's ``RequestStateStats`` of each sequence, by its id; None if it keeps none.
+
+    """
+
+    prompt_tokens: int = 0
+    stats: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, name: str, sequence: Any) -> None:
+        """Count vLLM's ``RequestState``, of an id that may come again."""
+        if name in self.stats:
+            return
+        # A beam search begins a sequence anew for every token of every beam.
+        again = BEAM in name and any(BEAM in other for other in self.stats)
+        if not sequence.request_index and not again:
+            self.prompt_tokens += sequence.prompt_len
+        self.stats[name] = sequence.stats
 
     def tokens(self) -> tuple[int, int] | None:
-        """Return the tokens of prompts, once for all answers to one, and those generated so far.
+        """Return the tokens of prompts, and those generated so far.
 
         None if the engine was not asked, or keeps no statistics.
         """
-        sequences = self.sequences.values()
-        if not sequences or any(one.stats is None for one in sequences):
+        stats = self.stats.values()
+        if not stats or any(one is None for one in stats):
             return None
-        return (
-            sum(one.prompt_len for one in sequences if not one.request_index),
-            sum(one.stats.num_generation_tokens for one in sequences),
-        )
+        return self.prompt_tokens, sum(one.num_generation_tokens for one in stats)
 
 
 # vLLM's routes do not tell its engine which HTTP request they ask for; tasks inherit this.
@@ -68,6 +83,6 @@ def watch_sequences(output_processor: Any) -> None:
         name = request.request_id
         sequence = output_processor.request_states.get(name)
         if (work := _work.get()) is not None and sequence is not None:
-            work.sequences[name] = sequence
+            work.add(name, sequence)
 
     output_processor.add_request = add_and_note

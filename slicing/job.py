@@ -33,7 +33,7 @@ from sliceserve.slicing.heldout import HELD_OUT_WINDOWS, measure_held_out
 from sliceserve.slicing.layers import DenseLayers
 from sliceserve.slicing.memory import TOKENS_PER_BATCH, peak_bytes, signal_budget
 from sliceserve.slicing.parts import PartWriter, assemble_shards, remove_shards
-from sliceserve.slicing.progress import UNFINISHED, Progress, keep_job, remove_other
+from sliceserve.slicing.progress import UNFINISHED, Progress, note_job, remove_other
 from sliceserve.slicing.selftext import SELF, write_windows
 from sliceserve.slicing.shape import choose_shape
 from sliceserve.slicing.slicer import Slicer
@@ -193,8 +193,7 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
         job_of_files = job | {"source files": files}
         if options.restart:
             remove_other(unfinished, job_of_files)
-        unfinished.mkdir(exist_ok=True)
-        keep_job(unfinished / "job.json", job_of_files)
+        note_job(unfinished, job_of_files)
         if not Progress(unfinished, job_of_files).part_bytes:
             remove_shards(staging)
         sha256 = hasher.submit(model.sha256)

@@ -4,6 +4,7 @@ import ctypes
 import math
 import os
 import resource
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 
@@ -47,12 +48,17 @@ def container_bytes(cgroup: Path) -> float:
         ("memory.max", "memory.current", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
     ):
-        file = cgroup / limit
-        if file.exists() and (most := file.read_text().strip()) != "max":
-            lines = file.with_name("memory.stat").read_text().splitlines()
-            free = int(dict(map(str.split, lines))[cache])
-            return max(0, int(most) - int((cgroup / usage).read_text()) + free)
+        with suppress(OSError, ValueError):  # there is none, or it is "max"
+            left = int((cgroup / limit).read_text()) - int((cgroup / usage).read_text())
+            return max(0, left + _counter((cgroup / limit).with_name("memory.stat"), cache))
     return math.inf
+
+
+def _counter(file: Path, name: str) -> int:
+    """Return one line's number, 0 where the file or the line is missing, as in some sandboxes."""
+    with suppress(OSError, ValueError, KeyError):
+        return int(dict(map(str.split, file.read_text().splitlines()))[name])
+    return 0
 
 
 def return_freed_memory() -> None:

@@ -124,6 +124,25 @@ def keep_job(path: Path, job: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
+def note_job(directory: Path, job: Mapping[str, Any]) -> None:
+    """Note the job of what is unfinished, in its directory, which is made.
+
+    Raises:
+        UserError: it was begun with another job, or cannot be read; names what differs.
+
+    """
+    _check_all(directory, job)
+    directory.mkdir(exist_ok=True)
+    keep_job(directory / "job.json", job)
+
+
+def _check_all(directory: Path, job: Mapping[str, Any]) -> None:
+    """Check the job and every state in a directory; each tells its job."""
+    for path in sorted(directory.rglob("*.json")):
+        noted = read_json_object(path)
+        _compare(noted.get("job", noted), json.loads(json.dumps(job)), directory.parent)
+
+
 def remove_other(directory: Path, job: Mapping[str, Any]) -> None:
     """Remove what is unfinished if it was begun with another job or cannot be read; say so.
 
@@ -133,9 +152,7 @@ def remove_other(directory: Path, job: Mapping[str, Any]) -> None:
 
     """
     try:
-        for path in sorted(directory.rglob("*.json")):
-            noted = read_json_object(path)
-            _compare(noted.get("job", noted), json.loads(json.dumps(job)), directory.parent)
+        _check_all(directory, job)
     except UserError as error:
         logger.warning("%s; --restart begins it anew", error)
         shutil.rmtree(directory)

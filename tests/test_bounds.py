@@ -46,7 +46,7 @@ LONG = {"type": "object", "properties": {"a": HALF, "b": HALF, "c": {"pattern": 
         ({"n": 10**400}, "n"),
         ({"prompt": ["hi"] * 7}, "prompt"),
         ({"prompt": [[1, 2]] * 3, "n": 3}, "prompt"),
-        ({"messages": [[{"role": "user", "content": "hi"}]] * 7}, "prompt"),
+        ({"messages": [[{"role": "user", "content": "hi"}]] * 7}, "messages"),
         ({"max_tokens": 101}, "max_tokens"),
         ({"max_completion_tokens": "101"}, "max_completion_tokens"),
         ({"max_output_tokens": 1e30}, "max_output_tokens"),
@@ -56,7 +56,7 @@ LONG = {"type": "object", "properties": {"a": HALF, "b": HALF, "c": {"pattern": 
         ({"sampling_params": {"n": 7}}, "n"),
         ({"sampling_params": {"max_tokens": 101}}, "max_tokens"),
         ({"sampling_params": [1]}, None),
-        ({"items": ["a"] * 7}, "prompt"),
+        ({"items": ["a"] * 7}, "items"),
         ({"items": [[1]] * 6}, None),
         ({"stop_sequences": ["a", "b", "c"]}, "stop_sequences"),
         ({"response_format": {"json_schema": {"schema": FITTING}}}, None),
@@ -68,6 +68,7 @@ LONG = {"type": "object", "properties": {"a": HALF, "b": HALF, "c": {"pattern": 
             "structured_outputs",
         ),
         ({"structured_outputs": {"json": json.dumps(LONG)}}, "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": json.dumps(LONG)}}, "structured_outputs"),
         ({"structured_outputs": {"json": "{"}}, None),
         ({"response_format": {"patternProperties": {"x" * 20_000: {}}}}, "response_format"),
         ({"tools": [{"function": {"parameters": {"properties": {"pattern": {}}}}}]}, None),
@@ -200,6 +201,25 @@ def test_what_runs_when_the_server_ends_is_told_so() -> None:
         *_, error, done = stream.text.strip().split("\n\n")
         assert done == "data: [DONE]"
         assert json.loads(error.removeprefix("data: "))["error"]["code"] == 503
+
+    asyncio.run(scenario())
+
+
+def test_the_end_of_the_server_and_of_a_requests_time_may_coincide() -> None:
+    async def scenario() -> None:
+        application = Application()
+        layer = Deadline(application.app, 0.1)
+        faults: list[Any] = []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _loop, context: faults.append(context))
+        async with client_of(layer) as client:
+            asked = asyncio.ensure_future(client.post("/wait"))
+            while not application.reached:
+                await asyncio.sleep(0)
+            loop.call_later(0.2, layer.cut)
+            time.sleep(0.4)
+            assert (await asked).status_code == 503
+        assert faults == []
 
     asyncio.run(scenario())
 

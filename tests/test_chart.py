@@ -549,6 +549,9 @@ def test_another_chart_alone_loads_no_model_anew(values: dict[str, Any], tmp_pat
 
 def test_failed_tries_stay_and_ray_has_room() -> None:
     assert slicing_job(HUB)["spec"]["template"]["spec"]["restartPolicy"] == "Never"
+    # A download goes with its pod.
+    downloads = slicing_job({"model": {"download": {"image": "tool:1"}}})
+    assert downloads["spec"]["template"]["spec"]["restartPolicy"] == "OnFailure"
     sizes = {
         pod["metadata"]["labels"]["app.kubernetes.io/component"]: volume["emptyDir"]["sizeLimit"]
         for pod in pods(render(NODES))

@@ -262,6 +262,16 @@ def test_an_interrupt_waits_for_the_part_being_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_wrong_resume_does_not_spoil_what_an_older_version_began(
+    unfinished: SliceOptions,
+) -> None:
+    """Which did not note its job at the start."""
+    (unfinished.output.with_name(".out.partial") / "unfinished" / "job.json").unlink()
+    with pytest.raises(UserError, match=r"options\.seed was"):
+        run_slice(SliceOptions(**vars_of(unfinished) | {"seed": 7}), show_progress=False)
+    run_slice(unfinished, show_progress=False)
+
+
 def test_two_runs_do_not_write_one_output(unfinished: SliceOptions) -> None:
     descriptor = os.open(unfinished.output.with_name(".out.partial"), os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -8,8 +8,8 @@ template:
       {{- include "sliceserve.selectorLabels" . | nindent 6 }}
       app.kubernetes.io/component: slice
   spec:
-    # The pods of failed tries stay, with their logs.
-    restartPolicy: Never
+    # The pods of failed tries stay, with their logs; but a download is lost with its pod.
+    restartPolicy: {{ empty .Values.model.download.image | ternary "Never" "OnFailure" }}
     serviceAccountName: {{ include "sliceserve.fullname" . }}-slice
     automountServiceAccountToken: false
     enableServiceLinks: false

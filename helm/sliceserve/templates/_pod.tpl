@@ -17,7 +17,7 @@ spec:
   serviceAccountName: {{ include "sliceserve.fullname" $root }}-server
   automountServiceAccountToken: false
   enableServiceLinks: false
-  terminationGracePeriodSeconds: {{ add $server.preStopSeconds $server.drainTimeoutSeconds 30 }}
+  terminationGracePeriodSeconds: {{ add $server.preStopSeconds $server.drainTimeoutSeconds 40 }}
   {{- with $root.Values.image.pullSecrets }}
   imagePullSecrets:
     {{- range . }}
