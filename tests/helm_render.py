@@ -1,6 +1,7 @@
 """The chart rendered by a real Helm, offline."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,57 @@ def series_of(expression: Any) -> set[str]:
 
     promql_parser.walk(expression, visit)
     return names
+
+
+FULL = scenario(CHART / "ci" / "full-values.yaml")
+NODES = scenario(CHART / "ci" / "nodes-values.yaml")
+HPA = scenario(CHART / "ci" / "hpa-values.yaml")
+NOTES = "sliceserve/templates/NOTES.txt"
+HUB: Manifest = {"model": {"hub": "owner/name"}}
+
+
+def selects(selector: Manifest, labels: dict[str, str]) -> bool:
+    """Whether a selector of the chart's finds a pod."""
+    return selector["matchLabels"].items() <= labels.items() and all(
+        labels.get(wanted["key"]) in wanted["values"]
+        for wanted in selector.get("matchExpressions", [])
+    )
+
+
+def with_values(base: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of values with one of them changed."""
+    copy: dict[str, Any] = json.loads(json.dumps(base))
+    *parents, last = path.split(".")
+    place = copy
+    for name in parents:
+        place = place.setdefault(name, {})
+    place[last] = value
+    return copy
+
+
+def pods(manifests: list[Manifest]) -> Iterator[Manifest]:
+    """Metadata and spec of every pod of a release."""
+    for manifest in manifests:
+        if manifest["kind"] == "Pod":
+            yield manifest
+        elif manifest["kind"] in ("Job", "Deployment"):
+            yield manifest["spec"]["template"]
+        elif manifest["kind"] == "LeaderWorkerSet":
+            group = manifest["spec"]["leaderWorkerTemplate"]
+            yield from (group["leaderTemplate"], group["workerTemplate"])
+
+
+def server_pod(values: dict[str, Any]) -> Manifest:
+    (deployment,) = of_kind(render(values), "Deployment")
+    template: Manifest = deployment["spec"]["template"]
+    return template
+
+
+def slicing_job(values: dict[str, Any]) -> Manifest:
+    (job,) = of_kind(render(values), "Job")
+    return job
+
+
+def output_of(job: Manifest) -> str:
+    directory: str = job["spec"]["template"]["spec"]["containers"][0]["command"][3]
+    return directory

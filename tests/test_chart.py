@@ -1,14 +1,9 @@
 """The chart under a real Helm: every scenario rendered and checked against Kubernetes' schemas."""
 
 import json
-import os
 import re
-import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,65 +14,28 @@ import yaml
 from helm_python import HelmError
 from helm_render import (
     CHART,
-    REPOSITORY,
+    FULL,
+    HPA,
+    HUB,
+    NODES,
+    NOTES,
     SCENARIOS,
     Manifest,
     of_kind,
+    pods,
     render,
     render_files,
     scenario,
+    selects,
+    server_pod,
+    slicing_job,
+    with_values,
 )
 
 from sliceserve.server.serve import make_parser, parse_arguments
-from sliceserve.slicing.checkpoint import read_checkpoint_summary
 
 NEWEST = int(kubernetes_validate.latest_version().split(".")[1])
-FULL = scenario(CHART / "ci" / "full-values.yaml")
-NODES = scenario(CHART / "ci" / "nodes-values.yaml")
-HPA = scenario(CHART / "ci" / "hpa-values.yaml")
-NOTES = "sliceserve/templates/NOTES.txt"
-PAPER = "--rotation dense --basis pca --refit none"
-HUB: dict[str, Any] = {"model": {"hub": "owner/name"}}
 ids = {"ids": lambda path: path.name.removesuffix("-values.yaml")}
-
-
-def with_values(base: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A copy of values with one of them changed."""
-    copy: dict[str, Any] = json.loads(json.dumps(base))
-    *parents, last = path.split(".")
-    place = copy
-    for name in parents:
-        place = place.setdefault(name, {})
-    place[last] = value
-    return copy
-
-
-def pods(manifests: list[Manifest]) -> Iterator[Manifest]:
-    """Metadata and spec of every pod of a release."""
-    for manifest in manifests:
-        if manifest["kind"] == "Pod":
-            yield manifest
-        elif manifest["kind"] in ("Job", "Deployment"):
-            yield manifest["spec"]["template"]
-        elif manifest["kind"] == "LeaderWorkerSet":
-            group = manifest["spec"]["leaderWorkerTemplate"]
-            yield from (group["leaderTemplate"], group["workerTemplate"])
-
-
-def server_pod(values: dict[str, Any]) -> Manifest:
-    (deployment,) = of_kind(render(values), "Deployment")
-    template: Manifest = deployment["spec"]["template"]
-    return template
-
-
-def slicing_job(values: dict[str, Any]) -> Manifest:
-    (job,) = of_kind(render(values), "Job")
-    return job
-
-
-def output_of(job: Manifest) -> str:
-    directory: str = job["spec"]["template"]["spec"]["containers"][0]["command"][3]
-    return directory
 
 
 def without_values(spec: Manifest) -> dict[str, str]:
@@ -334,17 +292,6 @@ def test_the_nodes_of_a_group_reach_each_other() -> None:
     assert policy["metadata"]["name"] not in names
 
 
-def test_a_job_slices_to_a_size_or_by_a_fraction() -> None:
-    (container,) = slicing_job(NODES)["spec"]["template"]["spec"]["containers"]
-    assert container["args"][1:3] == ["--target-params", "0.75"]
-    assert slicing_job(NODES)["spec"]["template"]["spec"]["priorityClassName"] == "batch"
-    (container,) = slicing_job(HUB)["spec"]["template"]["spec"]["containers"]
-    assert container["args"][1:3] == ["--fraction", "0.25"]
-    assert output_of(slicing_job(NODES)) != output_of(
-        slicing_job(with_values(NODES, "slice.targetParams", 0))
-    )
-
-
 def test_the_grace_period_covers_the_drain() -> None:
     values = with_values(HUB, "server.drainTimeoutSeconds", 300)
     spec = server_pod(with_values(values, "server.preStopSeconds", 20))["spec"]
@@ -377,14 +324,6 @@ def test_selectors_find_their_pods_and_no_others(path: Path) -> None:
         assert matching == ["server"]
 
 
-def selects(selector: Manifest, labels: dict[str, str]) -> bool:
-    """Whether a selector of the chart's finds a pod."""
-    return selector["matchLabels"].items() <= labels.items() and all(
-        labels.get(wanted["key"]) in wanted["values"]
-        for wanted in selector.get("matchExpressions", [])
-    )
-
-
 def egress_ports(values: dict[str, Any], component: str) -> set[int]:
     """Ports to which the policies let a pod connect, wherever to."""
     policies = of_kind(render(values), "NetworkPolicy")
@@ -409,97 +348,6 @@ def test_only_a_job_that_downloads_reaches_the_internet() -> None:
         assert egress_ports(NODES, component) == {53, 3128}
     assert egress_ports(NODES, "slice") == {53, 443, 3128}
     assert egress_ports(NODES, "test") == {53, 8000}
-
-
-def test_a_job_is_another_when_anything_in_it_is() -> None:
-    """Kubernetes refuses to change a Job; its output is the same as long as the slice is."""
-    first = slicing_job(HUB)
-    newer_image = slicing_job(with_values(HUB, "image.tag", "0.2.0"))
-    assert newer_image["metadata"]["name"] != first["metadata"]["name"]
-    assert output_of(newer_image) == output_of(first)
-    renamed = slicing_job(with_values(HUB, "server.maxModelLen", 1024))
-    assert renamed == first
-    for path, value in (
-        ("slice.gpus", 1), ("slice.runtimeClassName", "nvidia"), ("server.replicas", 0),
-        ("slice.affinity", {"nodeAffinity": {}}), ("slice.extraEnv", [{"name": "A"}]),
-        ("model.hubToken.existingSecret", "token"), ("slice.backoffLimit", 7),
-    ):  # fmt: skip
-        other = slicing_job(with_values(HUB, path, value))
-        assert other["metadata"]["name"] != first["metadata"]["name"], path
-        assert output_of(other) == output_of(first), path
-    more = slicing_job(with_values(HUB, "slice.fraction", 0.3))
-    assert output_of(more) != output_of(first)
-    (server,) = server_pod(with_values(HUB, "slice.fraction", 0.3))["spec"]["containers"]
-    assert server["command"] == ["sliceserve", "serve", output_of(more)]
-
-
-def test_a_slice_is_known_by_what_its_download_is_asked_for() -> None:
-    values = scenario(CHART / "ci" / "cpu-values.yaml")
-    directory = output_of(slicing_job(values))
-    for path, value in (("image", "other:2"), ("existingSecret", "other"), ("size", "300Gi")):
-        changed = with_values(values, f"model.download.{path}", value)
-        assert output_of(slicing_job(changed)) == directory, path
-    for path, words in (("command", ["sh"]), ("args", ["another"])):
-        changed = with_values(values, f"model.download.{path}", words)
-        assert output_of(slicing_job(changed)) != directory, path
-
-
-@pytest.mark.parametrize("path", ["slice.targetParams", "slice.fraction"])
-def test_a_number_that_helm_made_a_string_is_that_number(path: str) -> None:
-    number, text, zero = (
-        slicing_job(with_values(HUB, path, value)) for value in (0.75, "0.75", "0")
-    )
-    assert output_of(number) == output_of(text)
-    assert number == text
-    assert output_of(zero) == output_of(slicing_job(with_values(HUB, path, 0)))
-    expected = "0.25" if path == "slice.targetParams" else "0"
-    assert zero["spec"]["template"]["spec"]["containers"][0]["args"][1:3] == [
-        "--fraction", expected,
-    ]  # fmt: skip
-    assert "--fraction 0.25" in render_files(with_values(HUB, "slice.targetParams", "0"))[NOTES]
-
-
-def test_a_job_says_where_it_slices() -> None:
-    for values, device, classes in (
-        (HUB, "cpu", (None, "nvidia")),
-        (with_values(HUB, "slice.gpus", 2), "cuda", ("nvidia", "nvidia")),
-        (with_values(HUB | {"server": {"gpuResource": ""}}, "slice.gpus", 2), "cpu", None),
-    ):
-        spec = slicing_job(values)["spec"]["template"]["spec"]
-        (container,) = spec["containers"]
-        assert container["args"][3:5] == ["--device", device]
-        limits = container["resources"]["limits"]
-        assert limits.get("nvidia.com/gpu") == ("2" if device == "cuda" else None)
-        if classes:
-            of_server = with_values(values, "server.runtimeClassName", "nvidia")
-            own = with_values(values, "slice.runtimeClassName", "nvidia")
-            found = [slicing_job(v)["spec"]["template"]["spec"] for v in (of_server, own)]
-            assert tuple(spec.get("runtimeClassName") for spec in found) == classes
-
-
-def test_what_shares_a_volume_of_one_node_runs_on_it() -> None:
-    """A ReadWriteOnce volume; the Job follows the server, whose pods follow each other."""
-    server, job = server_pod(HUB), slicing_job(HUB)["spec"]["template"]
-    for pod in (server, job):
-        affinity = pod["spec"]["affinity"].pop("podAffinity")
-        (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]
-        assert term["topologyKey"] == "kubernetes.io/hostname"
-        assert selects(term["labelSelector"], server["metadata"]["labels"])
-        assert not selects(term["labelSelector"], job["metadata"]["labels"])
-        assert pod["spec"]["affinity"] == {}
-    for free in (FULL, NODES, HPA):
-        assert all(
-            "podAffinity" not in pod["spec"].get("affinity", {}) for pod in pods(render(free))
-        )
-    alone = slicing_job(with_values(HUB, "server.replicas", 0))["spec"]["template"]["spec"]
-    assert "affinity" not in alone, "or nobody would have a node"
-    mine: dict[str, Any] = {"podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}}
-    values = with_values(with_values(HUB, "server.affinity", mine), "slice.affinity", mine)
-    assert server_pod(values)["spec"]["affinity"] == mine
-    assert slicing_job(values)["spec"]["template"]["spec"]["affinity"] == mine
-    beside: dict[str, Any] = {"nodeAffinity": {}}
-    both = server_pod(with_values(HUB, "server.affinity", beside))["spec"]["affinity"]
-    assert both.keys() == {"nodeAffinity", "podAffinity"}
 
 
 def test_no_service_has_the_name_of_a_group() -> None:
@@ -545,128 +393,3 @@ def test_another_chart_alone_loads_no_model_anew(values: dict[str, Any], tmp_pat
     without_test = [[pod for pod in found if "kind" not in pod] for found in (before, after)]
     assert len(without_test[0]) >= 2
     assert without_test[0] == without_test[1]
-
-
-def test_failed_tries_stay_and_ray_has_room() -> None:
-    assert slicing_job(HUB)["spec"]["template"]["spec"]["restartPolicy"] == "Never"
-    # A download goes with its pod.
-    downloads = slicing_job({"model": {"download": {"image": "tool:1"}}})
-    assert downloads["spec"]["template"]["spec"]["restartPolicy"] == "OnFailure"
-    sizes = {
-        pod["metadata"]["labels"]["app.kubernetes.io/component"]: volume["emptyDir"]["sizeLimit"]
-        for pod in pods(render(NODES))
-        for volume in pod["spec"].get("volumes", [])
-        if volume["name"] == "tmp"
-    }
-    assert sizes == {"server": "10Gi", "worker": "10Gi", "slice": "10Gi"}
-
-
-def test_the_notes_commands_are_typed_one_after_the_other() -> None:
-    notes = render_files(HUB)[NOTES]
-    job = slicing_job(HUB)["metadata"]["name"]
-    assert f"logs -f --pod-running-timeout=30m job/{job}\n" in notes
-    assert " &\n" not in notes
-    forward, another, ask = notes[notes.index("kubectl -n llm port-forward") :].splitlines()[:3]
-    assert forward.endswith("svc/demo-sliceserve 8000:80")
-    assert "another terminal" in another
-    assert ask.strip().startswith("curl http://localhost:8000/")
-
-
-COMMANDS = [
-    (page, command)
-    for page in ("README.md", "docs/operate.md", "helm/sliceserve/README.md")
-    for block in re.findall(r"```sh\n(.*?)```", (REPOSITORY / page).read_text(), re.DOTALL)
-    for command in re.findall(r"^helm (?:install|upgrade) (?:.*\\\n)*.*", block, re.MULTILINE)
-]
-
-
-@pytest.mark.parametrize(("page", "command"), COMMANDS)
-def test_the_pages_commands_are_not_refused(page: str, command: str) -> None:
-    """With the values that Helm itself makes of --set."""
-    words = shlex.split(command, comments=True)
-    assert words[3] == "helm/sliceserve"
-    values: dict[str, Any] = {}
-    for flag, expression in pairwise(words):
-        if flag == "--set":
-            merged = helm_python.parse_set_string(expression)
-            place = values
-            # Every expression of the pages has one path.
-            while isinstance(merged, dict):
-                ((name, merged),) = merged.items()
-                if isinstance(merged, dict):
-                    place = place.setdefault(name, {})
-                else:
-                    place[name] = merged
-    if "--reset-then-reuse-values" in words:
-        values = {**HUB, **values}
-    assert values
-    assert of_kind(render(values), "Job"), page
-
-
-def test_the_pages_have_commands() -> None:
-    assert {page for page, _ in COMMANDS} >= {"docs/operate.md", "helm/sliceserve/README.md"}
-    assert any("slice.targetParams=0.75" in command for _, command in COMMANDS)
-    assert any("server.replicas=0" in command for _, command in COMMANDS)
-
-
-def test_the_job_slices_once_and_for_all(tiny: Path, tmp_path: Path) -> None:
-    """The rendered command, run here with the claim's directory moved."""
-    values = {
-        "model": {"claim": {"name": "models", "path": "tiny"}},
-        "slice": {"gpus": 0, "extraArgs": f"--samples 4 --sequence-length 32 {PAPER}".split()},
-    }
-    (container,) = slicing_job(values)["spec"]["template"]["spec"]["containers"]
-    moved = [
-        word.replace("/checkpoints", str(tmp_path)).replace("/model/tiny", str(tiny))
-        for word in container["command"] + container["args"]
-    ]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    outputs = [
-        subprocess.run(
-            moved, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
-        ).stdout
-        for _ in range(2)
-    ]
-    (directory,) = tmp_path.iterdir()
-    summary = read_checkpoint_summary(directory)
-    assert summary.slicing.widths[0] == 72
-    assert str(summary.sliced_parameters)[:3] in outputs[0].replace(",", "")
-    assert outputs[1] == f"{directory} is there already\n"
-
-
-def test_the_readme_is_up_to_date_and_says_what_every_value_is() -> None:
-    command = [sys.executable, "deploy/chart_readme.py", "helm/sliceserve"]
-    page = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert page.stdout == (CHART / "README.md").read_text(), "run `make chart-readme`"
-    named = {line.split("`")[1] for line in page.stdout.splitlines() if line.startswith("| `")}
-
-    def leaves(values: dict[str, Any], path: str) -> Iterator[str]:
-        for name, value in values.items():
-            here = f"{path}.{name}".strip(".")
-            if here in named or not isinstance(value, dict):
-                yield here
-            else:
-                yield from leaves(value, here)
-
-    assert set(leaves(yaml.safe_load((CHART / "values.yaml").read_text()), "")) == named
-
-
-def test_the_operators_page_names_values_and_options_that_exist() -> None:
-    """Every dotted value, also of --set, and every option."""
-    page = (REPOSITORY / "docs" / "operate.md").read_text()
-    values = yaml.safe_load((CHART / "values.yaml").read_text())
-    tops = "|".join(values)
-    named = set(re.findall(rf"(?<=[`' ])((?:{tops})(?:\.[A-Za-z]+)+)(?=[=`])", page))
-    assert len(named) > 25
-    free = ("monitoring.labels.release", "slice.resources.limits.memory")
-    for name in named - set(free):
-        place: Any = values
-        for part in name.split("."):
-            assert part in place, name
-            place = place[part]
-    serve = {flag for action in make_parser()._actions for flag in action.option_strings}
-    texts = re.findall(r"server\.extraArgs=\{(--[a-z-]+)", page)
-    assert set(texts) <= serve
-    for flag in ("--max-requests", "--max-num-seqs", "--probe-timeout"):
-        assert flag in page
-        assert flag in serve

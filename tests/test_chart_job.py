@@ -1,0 +1,171 @@
+"""The chart's Job: when it is another, what it is told, where it runs, and that it slices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helm_render import (
+    CHART,
+    FULL,
+    HPA,
+    HUB,
+    NODES,
+    NOTES,
+    output_of,
+    pods,
+    render,
+    render_files,
+    scenario,
+    selects,
+    server_pod,
+    slicing_job,
+    with_values,
+)
+
+from sliceserve.slicing.checkpoint import read_checkpoint_summary
+
+PAPER = "--rotation dense --basis pca --refit none"
+
+
+def test_a_job_slices_to_a_size_or_by_a_fraction() -> None:
+    (container,) = slicing_job(NODES)["spec"]["template"]["spec"]["containers"]
+    assert container["args"][1:3] == ["--target-params", "0.75"]
+    assert slicing_job(NODES)["spec"]["template"]["spec"]["priorityClassName"] == "batch"
+    (container,) = slicing_job(HUB)["spec"]["template"]["spec"]["containers"]
+    assert container["args"][1:3] == ["--fraction", "0.25"]
+    assert output_of(slicing_job(NODES)) != output_of(
+        slicing_job(with_values(NODES, "slice.targetParams", 0))
+    )
+
+
+def test_a_job_is_another_when_anything_in_it_is() -> None:
+    """Kubernetes refuses to change a Job; its output is the same as long as the slice is."""
+    first = slicing_job(HUB)
+    newer_image = slicing_job(with_values(HUB, "image.tag", "0.2.0"))
+    assert newer_image["metadata"]["name"] != first["metadata"]["name"]
+    assert output_of(newer_image) == output_of(first)
+    renamed = slicing_job(with_values(HUB, "server.maxModelLen", 1024))
+    assert renamed == first
+    for path, value in (
+        ("slice.gpus", 1), ("slice.runtimeClassName", "nvidia"), ("server.replicas", 0),
+        ("slice.affinity", {"nodeAffinity": {}}), ("slice.extraEnv", [{"name": "A"}]),
+        ("model.hubToken.existingSecret", "token"), ("slice.backoffLimit", 7),
+    ):  # fmt: skip
+        other = slicing_job(with_values(HUB, path, value))
+        assert other["metadata"]["name"] != first["metadata"]["name"], path
+        assert output_of(other) == output_of(first), path
+    more = slicing_job(with_values(HUB, "slice.fraction", 0.3))
+    assert output_of(more) != output_of(first)
+    (server,) = server_pod(with_values(HUB, "slice.fraction", 0.3))["spec"]["containers"]
+    assert server["command"] == ["sliceserve", "serve", output_of(more)]
+
+
+def test_a_slice_is_known_by_what_its_download_is_asked_for() -> None:
+    values = scenario(CHART / "ci" / "cpu-values.yaml")
+    directory = output_of(slicing_job(values))
+    for path, value in (("image", "other:2"), ("existingSecret", "other"), ("size", "300Gi")):
+        changed = with_values(values, f"model.download.{path}", value)
+        assert output_of(slicing_job(changed)) == directory, path
+    for path, words in (("command", ["sh"]), ("args", ["another"])):
+        changed = with_values(values, f"model.download.{path}", words)
+        assert output_of(slicing_job(changed)) != directory, path
+
+
+@pytest.mark.parametrize("path", ["slice.targetParams", "slice.fraction"])
+def test_a_number_that_helm_made_a_string_is_that_number(path: str) -> None:
+    number, text, zero = (
+        slicing_job(with_values(HUB, path, value)) for value in (0.75, "0.75", "0")
+    )
+    assert output_of(number) == output_of(text)
+    assert number == text
+    assert output_of(zero) == output_of(slicing_job(with_values(HUB, path, 0)))
+    expected = "0.25" if path == "slice.targetParams" else "0"
+    assert zero["spec"]["template"]["spec"]["containers"][0]["args"][1:3] == [
+        "--fraction", expected,
+    ]  # fmt: skip
+    assert "--fraction 0.25" in render_files(with_values(HUB, "slice.targetParams", "0"))[NOTES]
+
+
+def test_a_job_says_where_it_slices() -> None:
+    for values, device, classes in (
+        (HUB, "cpu", (None, "nvidia")),
+        (with_values(HUB, "slice.gpus", 2), "cuda", ("nvidia", "nvidia")),
+        (with_values(HUB | {"server": {"gpuResource": ""}}, "slice.gpus", 2), "cpu", None),
+    ):
+        spec = slicing_job(values)["spec"]["template"]["spec"]
+        (container,) = spec["containers"]
+        assert container["args"][3:5] == ["--device", device]
+        limits = container["resources"]["limits"]
+        assert limits.get("nvidia.com/gpu") == ("2" if device == "cuda" else None)
+        if classes:
+            of_server = with_values(values, "server.runtimeClassName", "nvidia")
+            own = with_values(values, "slice.runtimeClassName", "nvidia")
+            found = [slicing_job(v)["spec"]["template"]["spec"] for v in (of_server, own)]
+            assert tuple(spec.get("runtimeClassName") for spec in found) == classes
+
+
+def test_what_shares_a_volume_of_one_node_runs_on_it() -> None:
+    """A ReadWriteOnce volume; the Job follows the server, whose pods follow each other."""
+    server, job = server_pod(HUB), slicing_job(HUB)["spec"]["template"]
+    for pod in (server, job):
+        affinity = pod["spec"]["affinity"].pop("podAffinity")
+        (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]
+        assert term["topologyKey"] == "kubernetes.io/hostname"
+        assert selects(term["labelSelector"], server["metadata"]["labels"])
+        assert not selects(term["labelSelector"], job["metadata"]["labels"])
+        assert pod["spec"]["affinity"] == {}
+    for free in (FULL, NODES, HPA):
+        assert all(
+            "podAffinity" not in pod["spec"].get("affinity", {}) for pod in pods(render(free))
+        )
+    alone = slicing_job(with_values(HUB, "server.replicas", 0))["spec"]["template"]["spec"]
+    assert "affinity" not in alone, "or nobody would have a node"
+    mine: dict[str, Any] = {"podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}}
+    values = with_values(with_values(HUB, "server.affinity", mine), "slice.affinity", mine)
+    assert server_pod(values)["spec"]["affinity"] == mine
+    assert slicing_job(values)["spec"]["template"]["spec"]["affinity"] == mine
+    beside: dict[str, Any] = {"nodeAffinity": {}}
+    both = server_pod(with_values(HUB, "server.affinity", beside))["spec"]["affinity"]
+    assert both.keys() == {"nodeAffinity", "podAffinity"}
+
+
+def test_failed_tries_stay_and_ray_has_room() -> None:
+    assert slicing_job(HUB)["spec"]["template"]["spec"]["restartPolicy"] == "Never"
+    # A download goes with its pod.
+    downloads = slicing_job({"model": {"download": {"image": "tool:1"}}})
+    assert downloads["spec"]["template"]["spec"]["restartPolicy"] == "OnFailure"
+    sizes = {
+        pod["metadata"]["labels"]["app.kubernetes.io/component"]: volume["emptyDir"]["sizeLimit"]
+        for pod in pods(render(NODES))
+        for volume in pod["spec"].get("volumes", [])
+        if volume["name"] == "tmp"
+    }
+    assert sizes == {"server": "10Gi", "worker": "10Gi", "slice": "10Gi"}
+
+
+def test_the_job_slices_once_and_for_all(tiny: Path, tmp_path: Path) -> None:
+    """The rendered command, run here with the claim's directory moved."""
+    values = {
+        "model": {"claim": {"name": "models", "path": "tiny"}},
+        "slice": {"gpus": 0, "extraArgs": f"--samples 4 --sequence-length 32 {PAPER}".split()},
+    }
+    (container,) = slicing_job(values)["spec"]["template"]["spec"]["containers"]
+    moved = [
+        word.replace("/checkpoints", str(tmp_path)).replace("/model/tiny", str(tiny))
+        for word in container["command"] + container["args"]
+    ]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    outputs = [
+        subprocess.run(
+            moved, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
+        ).stdout
+        for _ in range(2)
+    ]
+    (directory,) = tmp_path.iterdir()
+    summary = read_checkpoint_summary(directory)
+    assert summary.slicing.widths[0] == 72
+    assert str(summary.sliced_parameters)[:3] in outputs[0].replace(",", "")
+    assert outputs[1] == f"{directory} is there already\n"
