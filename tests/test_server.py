@@ -414,12 +414,15 @@ def answer_of(api: httpx.Client, path: str, wanted: Callable[[Any], bool], **que
     """The data of Prometheus' answer, once it is as wanted."""
     deadline = time.monotonic() + 60
     while True:
+        data = None
         with suppress(httpx.TransportError):
-            data = api.get(path, params=query).json().get("data")
-            if data and wanted(data):
-                return data
-            assert time.monotonic() < deadline, data
-        assert time.monotonic() < deadline, "no answer"
+            answer = api.get(path, params=query)
+            # While it starts it answers 503, in plain text.
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                data = answer.json().get("data")
+        if data and wanted(data):
+            return data
+        assert time.monotonic() < deadline, data
         time.sleep(0.2)
 
 
