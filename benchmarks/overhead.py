@@ -92,7 +92,8 @@ async def measure_in_turns(servers: list[Server], directory: Path, rounds: int) 
     prompts = prompts_of(directory)
     found = np.zeros((len(servers), rounds, len(FIGURES)))
     timeout = aiohttp.ClientTimeout(total=600)
-    connector = aiohttp.TCPConnector(limit=0)
+    # Shorter than the servers', which would close a connection as it is used again.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=1)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         for number in tqdm(range(-WARM_UP, rounds), unit="round"):
             places = range(len(servers))
