@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import threading
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -71,7 +70,7 @@ def open_access_log(destination: str) -> Callable[[Exchange], None]:
 
 def as_line(exchange: Exchange) -> bytes:
     """Return the line, its end included: the exchange's fields, the time in ISO 8601."""
-    fields = asdict(exchange)
+    fields = dict(vars(exchange))
     fields["time"] = datetime.fromtimestamp(exchange.time, UTC).isoformat(timespec="milliseconds")
     for name in ("method", "model"):
         fields[name] = fields[name] and fields[name][:_LONGEST_TEXT]

@@ -6,9 +6,11 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from sliceserve.server.responses import Answer, error_response, unavailable
+from sliceserve.server.responses import Answer, error_response, nothing, unavailable
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LAST_WORDS_S = 5.0
@@ -45,8 +47,9 @@ class Deadline:
 
         async def limited_receive() -> Message:
             nonlocal expired
+            limit = asyncio.timeout_at(0 if self._cut else end)
             try:
-                async with asyncio.timeout_at(0 if self._cut else end) as limit:
+                async with limit:
                     self._waiting.add(limit)
                     try:
                         return await receive()
@@ -55,10 +58,13 @@ class Deadline:
             except TimeoutError:
                 expired = limit.expired() and not answer.ended
                 return {"type": "http.disconnect"}
+            finally:
+                # A stream that has ended cancels this. The error then holds this frame, which
+                # would hold the task, which holds the error: with the request, until a collection.
+                del limit
 
-        async def limited_send(message: Message) -> None:
-            if not expired:
-                await answer.send(message)
+        def limited_send(message: Message) -> Awaitable[None]:
+            return nothing() if expired else answer.send(message)
 
         await self.app(scope, limited_receive, limited_send)
         if not expired:

@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from starlette.datastructures import Headers, MutableHeaders
-
 from sliceserve.server.usage import work_of, working
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 OTHER_ROUTE = "other"
 REQUEST_ID = "X-Request-ID"
+_REQUEST_ID = REQUEST_ID.lower().encode()
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _SCOPE_KEY = "sliceserve.exchange"
 _KEY_NAME = "sliceserve.key"
@@ -142,7 +141,7 @@ class Watch:
             return
         exchange = Exchange(_request_id(scope), scope["method"], time.time())
         inner = {**scope, "state": dict(scope.get("state", {})), _SCOPE_KEY: exchange}
-        MutableHeaders(scope=inner)[REQUEST_ID] = exchange.id
+        inner["headers"] = _named(scope["headers"], exchange.id)
         began = time.monotonic()
         ended = False
 
@@ -153,12 +152,11 @@ class Watch:
                 exchange.disconnected = True
             return message
 
-        async def watched_send(message: Message) -> None:
+        def watched_send(message: Message) -> Awaitable[None]:
             nonlocal ended
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                message.setdefault("headers", [])
-                MutableHeaders(scope=message)[REQUEST_ID] = exchange.id
+                message["headers"] = _named(message.get("headers", ()), exchange.id)
             elif message["type"] == "http.response.body":
                 exchange.chunks += 1
                 if exchange.first_byte_seconds is None:
@@ -166,7 +164,7 @@ class Watch:
                 ended = not message.get("more_body", False)
                 if (body := message.get("body", b"")).startswith(_ERROR_EVENTS):
                     exchange.failed = _code_of(body)
-            await send(message)
+            return send(message)
 
         try:
             with working(inner):
@@ -189,8 +187,16 @@ def route_of(scope: Scope, routes: frozenset[str]) -> str:
 
 
 def _request_id(scope: Scope) -> str:
-    given = Headers(scope=scope).get(REQUEST_ID, "")
-    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+    given = next((value for name, value in scope["headers"] if name == _REQUEST_ID), b"")
+    text = given.decode("latin-1")
+    return text if _SANE_ID.fullmatch(text) else uuid.uuid4().hex
+
+
+def _named(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> list[tuple[bytes, bytes]]:
+    """Return the headers with this id in the place of any other."""
+    named = [header for header in headers if header[0].lower() != _REQUEST_ID]
+    named.append((_REQUEST_ID, request_id.encode()))
+    return named
 
 
 def take_usage(exchange: Exchange, scope: Scope) -> None:

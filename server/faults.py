@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from sliceserve.server.exchange import exchange_of
-from sliceserve.server.responses import Answer, error_response
+from sliceserve.server.responses import Answer, error_response, nothing
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _logger = logging.getLogger("vllm.sliceserve.faults")
@@ -45,11 +47,11 @@ class Faults:
         # The application's own 500 comes before the exception that says what it is about.
         held: list[Message] = []
 
-        async def holding(message: Message) -> None:
+        def holding(message: Message) -> Awaitable[None]:
             if held or message.get("status") == ERROR:
                 held.append(message)
-            else:
-                await answer.send(message)
+                return nothing()
+            return answer.send(message)
 
         try:
             await self.app(scope, receive, holding)

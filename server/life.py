@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import signal
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import vllm.envs
@@ -37,7 +37,7 @@ async def run_until_signal(
     lifecycle: Lifecycle,
     drain_timeout: float,
 ) -> int:
-    """Serve; a first signal begins the drain, a second one ends it at once.
+    """Serve; a first signal begins the drain, a second one ends it, or the engine's stop, at once.
 
     What still runs when the time is up, or when the engine hangs, is cut with an error.
 
@@ -89,14 +89,13 @@ async def run_until_signal(
             drain.cut()
             left = await drain.wait(2 * LAST_WORDS_S, hurry)
         failed = not received or engine.errored or hanging.done()
-        stop_engine = partial(engine.shutdown, timeout=0 if hurry.is_set() else ENGINE_STOP_S)
         if left:
-            # First and in a thread, so that clients are told of its end.
-            await asyncio.to_thread(stop_engine)
+            # First, so that clients are told of its end.
+            await _stop(engine, hurry)
         listener.should_exit = True
         listener.force_exit = hurry.is_set()
         await serving
-        stop_engine()
+        await _stop(engine, hurry)
     finally:
         for task in (asking, watching, hanging):
             task.cancel()
@@ -105,6 +104,20 @@ async def run_until_signal(
     if hurry.is_set():
         return 128 + received[-1]
     return 1 if failed else 0
+
+
+async def _stop(engine: Any, hurry: asyncio.Event) -> None:
+    """Stop the engine, its processes at once if there is, or comes, a second signal."""
+    timeout = 0 if hurry.is_set() else ENGINE_STOP_S
+    # In a thread, so that signals are heard meanwhile.
+    stopping = asyncio.ensure_future(asyncio.to_thread(engine.shutdown, timeout=timeout))
+    hurrying = asyncio.ensure_future(hurry.wait())
+    await asyncio.wait([stopping, hurrying], return_when=asyncio.FIRST_COMPLETED)
+    hurrying.cancel()
+    if not stopping.done():
+        for process in multiprocessing.active_children():
+            process.kill()
+    await stopping
 
 
 async def _watch(listener: Listener, engine: Any) -> None:

@@ -9,7 +9,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Mapping
 
     from starlette.types import Message, Send
 
@@ -30,13 +30,13 @@ class Answer:
         """Whether its status has been sent."""
         return self._start is not None
 
-    async def send(self, message: Message) -> None:
-        """Pass a message on; in the place of the server's own."""
+    def send(self, message: Message) -> Awaitable[None]:
+        """Pass a message on; in the place of the server's own, without a frame for each message."""
         if message["type"] == "http.response.start":
             self._start = message
         else:
             self.ended = not message.get("more_body", False)
-        await self._send(message)
+        return self._send(message)
 
     async def end_stream(self, status: int, kind: str, message: str) -> bool:
         """End a stream of events with an error; False if there is none that is under way."""
@@ -47,6 +47,10 @@ class Answer:
         event = f"data: {json.dumps(error_object(status, kind, message))}\n\ndata: [DONE]\n\n"
         await self.send({"type": "http.response.body", "body": event.encode()})
         return True
+
+
+async def nothing() -> None:
+    """Send nothing, in the place of a message."""
 
 
 def error_object(status: int, kind: str, message: str, param: str | None = None) -> dict[str, Any]:

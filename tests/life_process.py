@@ -1,12 +1,17 @@
-"""A server whose engine is a stand-in, for tests of signals: `life_process.py DRAIN_TIMEOUT`.
+"""A server whose engine is a stand-in, for tests of signals.
 
-It prints its port, and a line for every call of the engine's shutdown, and of what cuts requests.
-Only GET /metrics ends; GET /die kills the engine first, GET /hang has it hang.
+    python life_process.py DRAIN_TIMEOUT [stuck]
+
+A `stuck` engine has a process that does not stop by itself. It prints its port, and a line for
+every call of the engine's shutdown, and of what cuts requests. Only GET /metrics ends; GET /die
+kills the engine first, GET /hang has it hang.
 """
 
 import asyncio
+import multiprocessing
 import socket
 import sys
+import time
 from typing import Any
 
 import uvicorn
@@ -22,8 +27,15 @@ HANGS, CUT = asyncio.Event(), asyncio.Event()
 class StandIn:
     errored = False
 
+    def __init__(self, stuck: bool) -> None:
+        self.process = multiprocessing.Process(target=time.sleep, args=(10_000,)) if stuck else None
+        if self.process:
+            self.process.start()
+
     def shutdown(self, timeout: float) -> None:
         print(f"shutdown {timeout}", flush=True)
+        if self.process:
+            self.process.join()
 
 
 async def endless(scope: Any, _receive: Any, send: Any) -> None:
@@ -55,10 +67,12 @@ async def main() -> int:
         drain, lifespan="off", log_level="critical", timeout_graceful_shutdown=1
     )
     with socket.create_server(("127.0.0.1", 0)) as bound:
+        engine = StandIn("stuck" in sys.argv)
         print(bound.getsockname()[1], flush=True)
         return await run_until_signal(
-            Listener(config), bound, StandIn(), hung(), drain, lifecycle, float(sys.argv[1])
+            Listener(config), bound, engine, hung(), drain, lifecycle, float(sys.argv[1])
         )
 
 
-sys.exit(asyncio.run(main()))
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))

@@ -1,8 +1,10 @@
 """What one request may ask for and how long it may take, and what each key may take."""
 
 import asyncio
+import gc
 import json
 import time
+import weakref
 from typing import Any
 
 import httpx
@@ -183,6 +185,39 @@ def test_a_stream_that_does_not_end_in_time_ends_with_an_error() -> None:
         assert application.left.is_set()
 
     asyncio.run(scenario())
+
+
+def test_a_request_that_is_over_leaves_no_garbage() -> None:
+    """What only a collection frees would keep a request's memory until there is one."""
+
+    class Client:
+        async def receive(self) -> Any:
+            await asyncio.get_running_loop().create_future()
+
+        async def send(self, message: Any) -> None:
+            pass
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        # As vLLM's routes wait for the client's leaving.
+        waiting = asyncio.ensure_future(receive())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await Response("done")(scope, receive, send)
+
+    async def scenario() -> "weakref.ref[Client]":
+        exchanges: list[Exchange] = []
+        layers = Watch(Faults(Deadline(app, 60)), frozenset(), exchanges.append)
+        client = Client()
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+        await asyncio.create_task(layers(scope, client.receive, client.send))
+        assert exchanges[0].chunks == 1
+        return weakref.ref(client)
+
+    gc.disable()
+    try:
+        assert asyncio.run(scenario())() is None
+    finally:
+        gc.enable()
 
 
 def test_what_runs_when_the_server_ends_is_told_so() -> None:

@@ -23,8 +23,8 @@ LIMIT_S = 60
 
 
 @contextmanager
-def process(drain_timeout: float) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    command = [sys.executable, str(SCRIPT), str(drain_timeout)]
+def process(drain_timeout: float, *options: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    command = [sys.executable, str(SCRIPT), str(drain_timeout), *options]
     # Where vLLM 0.24 does not log by itself.
     environment = os.environ | {"VLLM_LOGGING_STREAM": "ext://sys.stderr"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as started:
@@ -60,6 +60,15 @@ def test_a_second_signal_ends_at_once() -> None:
         code, output = end_of(started)
         assert code == 128 + signal.SIGINT
         assert output[0] == "shutdown 0"
+
+
+def test_a_second_signal_while_the_engine_stops_ends_its_processes() -> None:
+    with process(10_000, "stuck") as (started, _):
+        started.send_signal(signal.SIGTERM)
+        assert started.stdout
+        assert started.stdout.readline() == "shutdown 10\n"
+        started.send_signal(signal.SIGTERM)
+        assert end_of(started)[0] == 128 + signal.SIGTERM
 
 
 def test_an_idle_server_leaves_without_waiting() -> None:
