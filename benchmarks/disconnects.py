@@ -1,0 +1,90 @@
+"""How soon a client that leaves frees its place in the server and its part of the KV cache.
+
+    python benchmarks/disconnects.py DIR --clients 32 --rounds 20
+
+Every round, so many clients begin a long stream and leave at once, at a random moment after its
+first token; then `/metrics` is read until nothing runs and the cache is empty.
+"""
+
+import argparse
+import random
+import shlex
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
+from serving import KEY, NAME, SLICESERVE, Server, served
+from tqdm import tqdm
+
+FREED = {
+    "place in the server": ("sliceserve_running_requests",),
+    "KV cache": ("vllm:num_requests_running", "vllm:kv_cache_usage_perc"),
+}
+LONG, LATEST_S = 4000, 1.0
+WAIT_S = 60
+
+
+def read(client: httpx.Client) -> dict[str, float]:
+    """Return the value of each series, summed over its labels."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        for sample in family.samples:
+            found[sample.name] = found.get(sample.name, 0.0) + sample.value
+    return found
+
+
+def leave(server: Server, client: httpx.Client, clients: int) -> list[float]:
+    """Return the seconds from the leaving of all clients until each is free."""
+    body = {"model": NAME, "prompt": "Once", "max_tokens": LONG, "stream": True, "ignore_eos": True}
+    with ExitStack() as leaving:
+        for _ in range(clients):
+            http = leaving.enter_context(httpx.Client(base_url=server.url, timeout=WAIT_S))
+            headers = {"Authorization": f"Bearer {KEY}"}
+            request = http.build_request("POST", "/v1/completions", json=body, headers=headers)
+            answer = http.send(request, stream=True)
+            leaving.callback(answer.close)
+            if answer.status_code != httpx.codes.OK:
+                sys.exit(f"a stream was answered with {answer.status_code}: {answer.read()!r}")
+            next(answer.iter_raw())
+        time.sleep(random.uniform(0, LATEST_S))  # noqa: S311 - no secret
+        if read(client)["vllm:num_requests_running"] < clients:
+            sys.exit(f"not all of {clients} streams run: --clients, or the model's length")
+    left = time.perf_counter()
+    freed: dict[str, float] = {}
+    while len(freed) < len(FREED):
+        series, now = read(client), time.perf_counter() - left
+        if now > WAIT_S:
+            sys.exit(f"{WAIT_S} s after the clients left: {series}")
+        for name, needed in FREED.items():
+            if name not in freed and not any(series[one] for one in needed):
+                freed[name] = now
+    return [freed[name] for name in FREED]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--options", type=shlex.split, default=[], help="of the server, in one")
+    options = parser.parse_args()
+    command = [*SLICESERVE, "serve", str(options.directory), "--access-log", "/dev/null"]
+    with served([*command, *options.options], "/readyz") as server:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        with httpx.Client(base_url=server.url, headers=headers, timeout=WAIT_S) as client:
+            found = np.array(
+                [leave(server, client, options.clients) for _ in tqdm(range(options.rounds))]
+            )
+    print(f"| {options.clients} clients leave, {options.rounds} times | median, s | latest, s |")
+    print("| --- | ---: | ---: |")
+    for name, seconds in zip(FREED, found.T, strict=True):
+        print(f"| {name} | {np.median(seconds):.3f} | {seconds.max():.3f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
