@@ -16,6 +16,7 @@ from sliceserve.server import vllm_compat
 from sliceserve.server.auth import KeyRing
 from sliceserve.server.drain import METRICS
 from sliceserve.server.engine import start_engine
+from sliceserve.server.exchange import REQUEST_ID
 from sliceserve.server.failure import shared_failure
 from sliceserve.server.gpus import GpuReader, engine_gpus, watching_gpus
 from sliceserve.server.health import EngineProbe, Lifecycle, Phase
@@ -101,7 +102,14 @@ def access_of(settings: ServerSettings, args: argparse.Namespace) -> Access:
     """Read the keys; raises UserError if their file is unusable."""
     keys = KeyRing((key.get_secret_value() for key in settings.api_key), file=settings.api_key_file)
     public = frozenset({METRICS} if settings.metrics_public else ())
-    return Access(keys, public, cross_origin=bool(args.allowed_origins))
+    cross_origin = {
+        "allow_origins": args.allowed_origins,
+        "allow_methods": args.allowed_methods,
+        "allow_headers": args.allowed_headers,
+        "allow_credentials": args.allow_credentials,
+        "expose_headers": ["Retry-After", REQUEST_ID],
+    }
+    return Access(keys, public, cross_origin if args.allowed_origins else {})
 
 
 async def serve(

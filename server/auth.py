@@ -88,20 +88,16 @@ class KeyRing:
 class Auth:
     """ASGI layer that answers 401 unless the request has a key as its bearer token."""
 
-    def __init__(
-        self, app: ASGIApp, keys: KeyRing, public: frozenset[str], *, cross_origin: bool
-    ) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, public: frozenset[str]) -> None:
         """Wrap the application.
 
         Args:
             app: what is protected.
             keys: the keys that open it.
             public: exact paths that anyone may GET.
-            cross_origin: whether the application answers browsers' preflight requests, which
-                cannot carry a key.
 
         """
-        self.app, self._keys, self._public, self._cross_origin = app, keys, public, cross_origin
+        self.app, self._keys, self._public = app, keys, public
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or refuse it."""
@@ -124,18 +120,8 @@ class Auth:
         await response(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:
-        if scope["type"] != "http":
-            return False
-        if scope["method"] in ("GET", "HEAD"):
-            return scope["path"] in self._public
-        # The CORS layer inside answers these itself; they never reach a route.
-        headers = Headers(scope=scope)
-        return (
-            self._cross_origin
-            and scope["method"] == "OPTIONS"
-            and "origin" in headers
-            and "access-control-request-method" in headers
-        )
+        reads = scope["type"] == "http" and scope["method"] in ("GET", "HEAD")
+        return reads and scope["path"] in self._public
 
 
 def key_name(key: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from starlette.middleware.cors import CORSMiddleware
 
 from sliceserve.server import vllm_compat
 from sliceserve.server.admission import Admission, Limits
@@ -22,7 +24,7 @@ from sliceserve.server.responses import unavailable
 from sliceserve.server.status_page import PAGE, StatusPage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from fastapi import FastAPI
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -35,11 +37,19 @@ OWN_PATHS = frozenset({LIVEZ, READYZ, METRICS, PAGE})
 
 @dataclass(frozen=True)
 class Access:
-    """Who may reach what: the keys, if any, and what is open without one."""
+    """Who may reach what.
+
+    Attributes:
+        keys: that open the server, if there are any.
+        public: exact paths that anyone may GET.
+        cross_origin: what Starlette's CORS layer is told; empty where browsers let no other origin
+            in.
+
+    """
 
     keys: KeyRing
     public: frozenset[str]
-    cross_origin: bool
+    cross_origin: Mapping[str, Any]
 
 
 def while_starting(
@@ -98,11 +108,15 @@ def guarded(
     probe: EngineProbe | None = None,
     overloaded: Callable[[], bool] | None = None,
 ) -> ASGIApp:
-    """Return the application behind what is open to all and, if there are keys, behind them."""
+    """Return the application behind what is open to all and, if there are keys, behind them.
+
+    Browsers show a page of another origin our refusals too, if they let it in.
+    """
     if access.keys:
-        app = Auth(app, access.keys, access.public, cross_origin=access.cross_origin)
+        app = Auth(app, access.keys, access.public)
     page = StatusPage(app, keyed=bool(access.keys))
-    return Health(page, lifecycle, probe, overloaded)
+    health = Health(page, lifecycle, probe, overloaded)
+    return CORSMiddleware(health, **access.cross_origin) if access.cross_origin else health
 
 
 def traced(app: ASGIApp, routes: frozenset[str]) -> ASGIApp:

@@ -10,6 +10,7 @@ import uvicorn
 import vllm.envs
 
 from sliceserve.server import vllm_compat
+from sliceserve.server.protocol import BoundedProtocol
 
 if TYPE_CHECKING:
     import argparse
@@ -38,6 +39,7 @@ def make_listener(app: ASGIApp, args: argparse.Namespace, **options: Any) -> Lis
         options["log_config"] = log_config
     config = uvicorn.Config(
         app,
+        http=BoundedProtocol,
         host=args.host,
         port=args.port,
         log_level=args.uvicorn_log_level,

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from sliceserve.server import vllm_compat
 from sliceserve.server.adapters import check_adapter
+from sliceserve.server.protocol import HEAD_BYTES, HEADERS
 from sliceserve.server.settings import (
     add_options,
     as_json,
@@ -96,7 +97,9 @@ def make_parser() -> Any:
     )
     add_options(parser)
     # Older versions let every origin in.
-    parser.set_defaults(allowed_origins=[])
+    parser.set_defaults(
+        allowed_origins=[], h11_max_incomplete_event_size=HEAD_BYTES, h11_max_header_count=HEADERS
+    )
     return parser
 
 

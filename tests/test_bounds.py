@@ -366,7 +366,7 @@ def test_what_is_no_stream_of_events_is_cut() -> None:
 def limited(application: Application, limits: KeyLimits) -> tuple[Watch, list[Exchange]]:
     reported: list[Exchange] = []
     keys = KeyRing(["a", "b"])
-    app = Auth(PerKey(application.app, limits), keys, frozenset(), cross_origin=False)
+    app = Auth(PerKey(application.app, limits), keys, frozenset())
     return Watch(app, frozenset(), reported.append), reported
 
 
@@ -429,8 +429,7 @@ def test_a_websocket_is_a_request_of_its_key() -> None:
             await websocket.send_text(text)
 
     routed = Starlette(routes=[WebSocketRoute("/v1/realtime", echo)])
-    app = Auth(PerKey(routed, KeyLimits(2, 4, None)), KeyRing(["a", "b"]), frozenset(),
-               cross_origin=False)  # fmt: skip
+    app = Auth(PerKey(routed, KeyLimits(2, 4, None)), KeyRing(["a", "b"]), frozenset())
     client = TestClient(Watch(app, frozenset()))
 
     def opened(key: str) -> Any:

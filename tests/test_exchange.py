@@ -61,7 +61,7 @@ def watched(report: Any) -> Watch:
     methods = ["GET", "POST"]
     routes = [Route(path, handler, methods=methods) for path, handler in ROUTES.items()]
     app = Arguments(Starlette(routes=routes), BOUNDS)
-    guarded = Auth(app, KeyRing(["key"]), frozenset(), cross_origin=False)
+    guarded = Auth(app, KeyRing(["key"]), frozenset())
     return Watch(guarded, frozenset(ROUTES), report)
 
 

@@ -7,14 +7,16 @@ from typing import Any
 import httpx
 import pytest
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
+from sliceserve.server import layering
+from sliceserve.server.app import access_of
 from sliceserve.server.auth import Auth, KeyRing
 from sliceserve.server.drain import Drain
 from sliceserve.server.health import EngineProbe, Health, Lifecycle, Phase
+from sliceserve.server.layering import Access, still_starting
+from sliceserve.server.serve import make_parser, parse_arguments
 
 ORIGIN = "https://a.example"
 PREFLIGHT = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
@@ -24,11 +26,10 @@ async def secret(_request: Any) -> PlainTextResponse:
     return PlainTextResponse("secret")
 
 
-def everything(*, cors: bool = False) -> Starlette:
+def everything() -> Starlette:
     """An application that answers any path."""
-    layers = [Middleware(CORSMiddleware, allow_origins=[ORIGIN])] if cors else []
     methods = ["GET", "POST", "PUT", "DELETE", "OPTIONS"]
-    return Starlette(routes=[Route("/{path:path}", secret, methods=methods)], middleware=layers)
+    return Starlette(routes=[Route("/{path:path}", secret, methods=methods)])
 
 
 def ask(app: Any, method: str, path: str, **headers: str | bytes) -> httpx.Response:
@@ -44,8 +45,8 @@ def status(app: Any, key: str) -> int:
     return ask(app, "GET", "/v1/models", Authorization=f"Bearer {key}").status_code
 
 
-def guarded(keys: KeyRing, *public: str, cors: bool = False) -> Auth:
-    return Auth(everything(cors=cors), keys, frozenset(public), cross_origin=cors)
+def guarded(keys: KeyRing, *public: str) -> Auth:
+    return Auth(everything(), keys, frozenset(public))
 
 
 @pytest.mark.parametrize(
@@ -102,13 +103,35 @@ def test_a_websocket_needs_a_key() -> None:
 
 
 def test_a_preflight_passes_only_where_cross_origin_requests_are_allowed() -> None:
-    closed, opened = (guarded(KeyRing(["key"]), cors=cors) for cors in (False, True))
-    assert ask(closed, "OPTIONS", "/v1/models", **PREFLIGHT).status_code == 401
+    access = (
+        Access(KeyRing(["key"]), frozenset(), cross_origin)
+        for cross_origin in ({}, {"allow_origins": [ORIGIN]})
+    )
+    closed, opened = (layering.guarded(everything(), one, Lifecycle()) for one in access)
+    refused = ask(closed, "OPTIONS", "/v1/models", **PREFLIGHT)
+    assert refused.status_code == 401
+    assert "access-control-allow-origin" not in refused.headers
     answer = ask(opened, "OPTIONS", "/v1/models", **PREFLIGHT)
     assert answer.headers["access-control-allow-origin"] == ORIGIN
     assert answer.text != "secret"
     assert ask(opened, "OPTIONS", "/v1/models", Origin=ORIGIN).status_code == 401
-    assert ask(opened, "GET", "/v1/models", **PREFLIGHT).status_code == 401
+    refused = ask(opened, "GET", "/v1/models", **PREFLIGHT)
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == ORIGIN  # so that a page may read it
+    allowed = ask(opened, "GET", "/v1/models", Origin=ORIGIN, Authorization="Bearer key")
+    assert allowed.text == "secret"
+
+
+def test_vllms_options_say_which_origins_may_call_while_the_model_loads_too() -> None:
+    argv = ["DIR", "--host", "127.0.0.1", "--allowed-origins", f'["{ORIGIN}"]']
+    args, settings = parse_arguments(make_parser(), argv)
+    app = layering.guarded(still_starting, access_of(settings, args), Lifecycle())
+    answer = ask(app, "GET", "/v1/models", Origin=ORIGIN)
+    assert answer.status_code == 503
+    assert answer.headers["access-control-allow-origin"] == ORIGIN
+    assert "Retry-After" in answer.headers["access-control-expose-headers"]
+    other = ask(app, "GET", "/v1/models", Origin="https://b.example")
+    assert "access-control-allow-origin" not in other.headers
 
 
 def test_the_key_file_is_read_again_when_it_changes(

@@ -26,7 +26,7 @@ def test_tls_holds_while_the_model_loads(tmp_path: Path) -> None:
     authority, pem = trustme.CA(), tmp_path / "key-and-chain.pem"
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(pem)
     args = options("--ssl-certfile", str(pem), "--ssl-keyfile", str(pem))
-    access = Access(KeyRing(["key"]), frozenset(), cross_origin=False)
+    access = Access(KeyRing(["key"]), frozenset(), {})
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
     with socket.create_server(("127.0.0.1", 0)) as bound:
@@ -43,7 +43,7 @@ def test_tls_holds_while_the_model_loads(tmp_path: Path) -> None:
 
 def test_who_connects_between_two_listeners_waits_for_the_second() -> None:
     args = options()
-    app = guarded(still_starting, Access(KeyRing(), frozenset(), cross_origin=False), Lifecycle())
+    app = guarded(still_starting, Access(KeyRing(), frozenset(), {}), Lifecycle())
 
     async def second(bound: socket.socket) -> None:
         listener = make_listener(app, args, lifespan="off")

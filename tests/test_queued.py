@@ -257,7 +257,7 @@ def test_a_full_queue_makes_the_server_unready(limit: int | None, status: int) -
         app,
         engine,
         EngineProbe(engine.answer, 1),
-        Access(KeyRing(), frozenset(), cross_origin=False),
+        Access(KeyRing(), frozenset(), {}),
         ServerSettings(),
         Lifecycle(Phase.SERVING),
         ServerMetrics(registry, "m"),

@@ -86,7 +86,7 @@ def answering(*keys: str) -> Iterator[str]:
     ]
     lifecycle = Lifecycle()
     lifecycle.enter(Phase.SERVING, "answering requests")
-    access = Access(KeyRing(keys), frozenset(), cross_origin=False)
+    access = Access(KeyRing(keys), frozenset(), {})
     app = guarded(Starlette(routes=routes), access, lifecycle)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     with socket.create_server(("127.0.0.1", 0)) as bound:

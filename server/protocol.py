@@ -1,0 +1,140 @@
+"""Bounds on the head of a request: who sends it has shown no key yet, and may be anybody."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from sliceserve.server.responses import error_response
+
+if TYPE_CHECKING:
+    from uvicorn.config import Config
+
+HEAD_S = 30.0  # more than any client needs for what fits a few packets
+REST_S = 60.0  # for what is left of a body once its request is answered: as a body has by default
+# Defaults of vLLM's options of this meaning, whose own, 4 MiB and 256, are for no client's good.
+HEAD_BYTES = 64 * 2**10  # as most servers and proxies take at most
+HEADERS = 128  # clients send about 10, and proxies add as many
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol with bounds on a request's head, which it holds whole in memory.
+
+    A head has to be complete HEAD_S seconds after the connection is made, or after the first byte
+    that comes when all is answered; until that byte, uvicorn's own time for idle connections holds.
+    A head or trailers of more bytes or headers than the configuration has for h11 get 431. The
+    packet in which another request ends and a head begins does not count for that head.
+
+    A refusal is an OpenAI error object. It ends the connection, after the answers to requests that
+    came before it.
+    """
+
+    def __init__(self, config: Config, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._most_bytes = config.h11_max_incomplete_event_size or HEAD_BYTES
+        self._most_headers = getattr(config, "h11_max_header_count", HEADERS)
+        self._clock: asyncio.TimerHandle | None = None
+        # Bytes of the packets in which no head, no part of a body and no request has ended.
+        self._size = 0
+        self._in_body = False
+        self._over = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Give the first head its time."""
+        super().connection_made(transport)
+        self._clock = self.loop.call_later(HEAD_S, self._on_time)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Leave no timer behind."""
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, unless that is over, and refuse a head that has become too large."""
+        if self._over:
+            return
+        self._size += len(data)
+        super().data_received(data)
+        if self._over:
+            return
+        if self._size > self._most_bytes or len(self.headers or ()) > self._most_headers:
+            self._refuse_size()
+        elif self._clock is None and self.cycle.response_complete:
+            seconds = REST_S if self._in_body else HEAD_S
+            self._clock = self.loop.call_later(seconds, self._on_time)
+
+    def on_headers_complete(self) -> None:
+        """Begin the request, unless its head is too large.
+
+        Raises:
+            httptools.HttpParserError: it is, and has been refused; this stops the parser.
+
+        """
+        self._stop_clock()
+        size = len(self.url) + sum(map(len, chain.from_iterable(self.headers)))
+        if size > self._most_bytes or len(self.headers) > self._most_headers:
+            self._refuse_size()
+            raise httptools.HttpParserError
+        super().on_headers_complete()
+        self._size, self._in_body = 0, True
+
+    def on_body(self, body: bytes) -> None:
+        """Count anew: bodies have their own bounds, trailers these."""
+        self._size = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Count anew for the next head."""
+        self._size, self._in_body = 0, False
+        super().on_message_complete()
+
+    def handle_websocket_upgrade(self) -> None:
+        """Leave the connection to the other protocol."""
+        self._over = True
+        super().handle_websocket_upgrade()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP; called too when `on_headers_complete` has refused a head."""
+        if not self._over:
+            self._refuse(400, "BadRequestError", msg)
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+
+    def _on_time(self) -> None:
+        if self._in_body or not self._size:
+            self._over = True
+            self.transport.close()
+        else:
+            text = f"The head of the request did not arrive within {HEAD_S:g} s."
+            self._refuse(408, "RequestTimeoutError", text)
+
+    def _refuse_size(self) -> None:
+        text = (
+            f"The head of the request has more than {self._most_bytes} bytes "
+            f"or {self._most_headers} headers."
+        )
+        self._refuse(431, "RequestTooLargeError", text)
+
+    def _refuse(self, status: int, kind: str, text: str) -> None:
+        """Answer with an error and end the connection; what comes after it is ignored."""
+        self._over = True
+        self._stop_clock()
+        owed = self.cycle is not None and not self.cycle.response_complete
+        if owed and (self.pipeline or not self._in_body):
+            self.cycle.keep_alive = False  # ends the connection with the last answer
+            return
+        if not owed or not self.cycle.response_started:
+            answer = error_response(status, kind, text, {"Connection": "close"})
+            headers = (*self.server_state.default_headers, *answer.raw_headers)
+            lines = (b"%b: %b\r\n" % header for header in headers)
+            self.transport.write(
+                b"".join((STATUS_LINE[status], *lines, b"\r\n", bytes(answer.body)))
+            )
+        self.transport.close()
