@@ -1,13 +1,11 @@
 """`sliceserve serve` as its users meet it: a real process, the openai client, real requests."""
 
 import json
+import math
 import socket
-import subprocess
-import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,10 @@ import httpx
 import openai
 import promql_parser
 import pytest
-import yaml
 from helm_render import (
     CHART,
     GPU_SERIES,
+    board,
     board_expressions,
     of_kind,
     render,
@@ -28,6 +26,7 @@ from helm_render import (
     series_of,
 )
 from prometheus_client.parser import text_string_to_metric_families
+from real_prometheus import answer_of, filled_in, scraping
 from server_process import STOP_SECONDS, reserved_port, serving, wait_until_gone
 from transformers import AutoTokenizer
 
@@ -381,49 +380,11 @@ def test_the_server_takes_the_command_of_a_rendered_pod(path: Path) -> None:
 @pytest.fixture
 def prometheus(server: Server, tmp_path: Path) -> Iterator[httpx.Client]:
     """A real Prometheus that scrapes the server and has the chart's rules."""
-    binary = Path(sys.executable).with_name("prometheus")
-    if not binary.exists():
-        pytest.skip("no prometheus: apt gave no package to `make install`")
     values = scenario(CHART / "ci" / "full-values.yaml")
     values["model"]["servedName"] = server.model
     (rule,) = of_kind(render(values), "PrometheusRule")
-    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rule["spec"]))
-    labels = {"namespace": "llm", "pod": "demo-sliceserve-5d9c7b-x2x4z"}
-    targets = [{"targets": [server.url.removeprefix("http://")], "labels": labels}]
-    config = {
-        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-        "rule_files": ["rules.yml"],
-        "scrape_configs": [{"job_name": "sliceserve", "static_configs": targets}],
-    }
-    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
-    command = [binary, f"--config.file={tmp_path / 'prometheus.yml'}"]
-    command += [f"--storage.tsdb.path={tmp_path / 'data'}"]
-    with (
-        reserved_port() as port,
-        (tmp_path / "log").open("wb") as log,
-        subprocess.Popen(
-            [*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log
-        ) as process,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=10) as api,
-    ):
+    with scraping(server.url.removeprefix("http://"), rule["spec"], tmp_path) as api:
         yield api
-        process.terminate()
-
-
-def answer_of(api: httpx.Client, path: str, wanted: Callable[[Any], bool], **query: str) -> Any:
-    """The data of Prometheus' answer, once it is as wanted."""
-    deadline = time.monotonic() + 60
-    while True:
-        data = None
-        with suppress(httpx.TransportError):
-            answer = api.get(path, params=query)
-            # While it starts it answers 503, in plain text.
-            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
-                data = answer.json().get("data")
-        if data and wanted(data):
-            return data
-        assert time.monotonic() < deadline, data
-        time.sleep(0.2)
 
 
 def test_a_real_prometheus_evaluates_the_charts_rules(
@@ -449,6 +410,30 @@ def test_a_real_prometheus_evaluates_the_charts_rules(
         "SliceserveCacheFull",
     }
     assert [rule["name"] for rule in rules_of(groups) if rule.get("state") == "firing"] == []
+
+
+def test_a_real_prometheus_answers_every_query_of_the_board(
+    server: Server, client: openai.OpenAI, prometheus: httpx.Client
+) -> None:
+    """With a number, but where there are neither GPUs nor refusals."""
+    answer_of(prometheus, "/query", lambda data: data["result"], query="up == 1")
+    client.completions.create(model=server.model, prompt=PROMPT, **GREEDY)
+    asked = 0
+    for panel in board()["panels"]:
+        title, targets = panel["title"], panel.get("targets", [])
+        empty = title.startswith(("GPU memory", "GPU utilization", "Refused"))
+        for query in (filled_in(target["expr"], server.model) for target in targets):
+            found = answer_of(
+                prometheus, "/query", lambda data, empty=empty: empty or numbers(data), query=query
+            )
+            assert empty == (not found["result"]), title
+            asked += 1
+    assert asked == len(board_expressions())
+
+
+def numbers(data: Any) -> bool:
+    values = [float(series["value"][1]) for series in data["result"]]
+    return bool(values) and all(map(math.isfinite, values))
 
 
 def rules_of(data: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,69 @@
+"""A real Prometheus, with the configuration of the compose file, and what it answers."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from helm_render import REPOSITORY
+from server_process import reserved_port
+
+CONFIG = REPOSITORY / "deploy" / "prometheus.yml"
+LABELS = {"namespace": "llm", "pod": "demo-sliceserve-5d9c7b-x2x4z"}
+PATIENCE_S = 60
+
+
+@contextmanager
+def scraping(address: str, rules: dict[str, Any], work: Path) -> Iterator[httpx.Client]:
+    """A Prometheus that scrapes an address each second and has some rules; a client of its API."""
+    binary = Path(sys.executable).with_name("prometheus")
+    if not binary.exists():
+        pytest.skip("no prometheus: apt gave no package to `make install`")
+    config = yaml.safe_load(CONFIG.read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    ((target,),) = (scraped["static_configs"] for scraped in config["scrape_configs"])
+    target |= {"targets": [address], "labels": LABELS}
+    (work / "rules.yml").write_text(yaml.safe_dump(rules))
+    (work / "prometheus.yml").write_text(yaml.safe_dump(config | {"rule_files": ["rules.yml"]}))
+    command = [binary, f"--config.file={work / 'prometheus.yml'}"]
+    command += [f"--storage.tsdb.path={work / 'data'}"]
+    with (
+        reserved_port() as port,
+        (work / "log").open("wb") as log,
+        subprocess.Popen(
+            [*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log
+        ) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=10) as api,
+    ):
+        yield api
+        process.terminate()
+
+
+def answer_of(api: httpx.Client, path: str, wanted: Callable[[Any], bool], **query: str) -> Any:
+    """The data of Prometheus' answer, once it is as wanted."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        data = None
+        with suppress(httpx.TransportError):
+            answer = api.get(path, params=query)
+            # While it starts it answers 503, in plain text.
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                data = answer.json().get("data")
+        if data and wanted(data):
+            return data
+        assert time.monotonic() < deadline, (query, data)
+        time.sleep(0.2)
+
+
+def filled_in(query: str, model: str) -> str:
+    """A query of the board with a value for each of its variables."""
+    values = {"__rate_interval": "1m", "namespace": "llm", "model": model, "instance": ".*"}
+    for name, value in values.items():
+        query = query.replace(f"${name}", value)
+    return query
