@@ -40,6 +40,7 @@ def read(client: httpx.Client) -> dict[str, float]:
 def leave(server: Server, client: httpx.Client, clients: int) -> list[float]:
     """Return the seconds from the leaving of all clients until each is free."""
     body = {"model": NAME, "prompt": "Once", "max_tokens": LONG, "stream": True, "ignore_eos": True}
+    streams = []  # one that is forgotten closes its connection
     with ExitStack() as leaving:
         for _ in range(clients):
             http = leaving.enter_context(httpx.Client(base_url=server.url, timeout=WAIT_S))
@@ -49,10 +50,13 @@ def leave(server: Server, client: httpx.Client, clients: int) -> list[float]:
             leaving.callback(answer.close)
             if answer.status_code != httpx.codes.OK:
                 sys.exit(f"a stream was answered with {answer.status_code}: {answer.read()!r}")
-            next(answer.iter_raw())
+            streams.append(answer.iter_raw())
+            next(streams[-1])
+        end = time.monotonic() + WAIT_S
+        while (running := read(client)["vllm:num_requests_running"]) < clients:
+            if time.monotonic() > end:
+                sys.exit(f"only {running:.0f} of {clients} streams run")
         time.sleep(random.uniform(0, LATEST_S))  # noqa: S311 - no secret
-        if read(client)["vllm:num_requests_running"] < clients:
-            sys.exit(f"not all of {clients} streams run: --clients, or the model's length")
     left = time.perf_counter()
     freed: dict[str, float] = {}
     while len(freed) < len(FREED):
