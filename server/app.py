@@ -107,7 +107,7 @@ def access_of(settings: ServerSettings, args: argparse.Namespace) -> Access:
         "allow_methods": args.allowed_methods,
         "allow_headers": args.allowed_headers,
         "allow_credentials": args.allow_credentials,
-        "expose_headers": ["Retry-After", REQUEST_ID],
+        "expose_headers": ["Retry-After", "X-Should-Retry", REQUEST_ID],
     }
     return Access(keys, public, cross_origin if args.allowed_origins else {})
 

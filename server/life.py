@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import vllm.envs
 from vllm.logger import init_logger
+from vllm.utils.system_utils import kill_process_tree
 
 from sliceserve.server.deadline import LAST_WORDS_S
 from sliceserve.server.health import Lifecycle, Phase
@@ -69,6 +70,7 @@ async def run_until_signal(
     serving = asyncio.ensure_future(listener.serve(sockets=[bound]))
     watching = asyncio.ensure_future(_watch(listener, engine))
     asking = asyncio.ensure_future(asked.wait())
+    hurrying = asyncio.ensure_future(hurry.wait())
     hanging = asyncio.ensure_future(hung)
     hanging.add_done_callback(lambda _: hopeless.set())
     try:
@@ -91,13 +93,16 @@ async def run_until_signal(
         failed = not received or engine.errored or hanging.done()
         if left:
             # First, so that clients are told of its end.
-            await _stop(engine, hurry)
+            await _stop(engine, hurrying)
         listener.should_exit = True
+        await asyncio.wait([serving, hurrying], return_when=asyncio.FIRST_COMPLETED)
         listener.force_exit = hurry.is_set()
         await serving
-        await _stop(engine, hurry)
+        if not left and engine.output_handler is not None:
+            engine.output_handler.cancel()  # it would log the orderly end of the engine as an error
+        await _stop(engine, hurrying)
     finally:
-        for task in (asking, watching, hanging):
+        for task in (asking, hurrying, watching, hanging):
             task.cancel()
         for number in SIGNALS:
             loop.remove_signal_handler(number)
@@ -106,17 +111,15 @@ async def run_until_signal(
     return 1 if failed else 0
 
 
-async def _stop(engine: Any, hurry: asyncio.Event) -> None:
+async def _stop(engine: Any, hurrying: asyncio.Task[Any]) -> None:
     """Stop the engine, its processes at once if there is, or comes, a second signal."""
-    timeout = 0 if hurry.is_set() else ENGINE_STOP_S
+    timeout = 0 if hurrying.done() else ENGINE_STOP_S
     # In a thread, so that signals are heard meanwhile.
     stopping = asyncio.ensure_future(asyncio.to_thread(engine.shutdown, timeout=timeout))
-    hurrying = asyncio.ensure_future(hurry.wait())
     await asyncio.wait([stopping, hurrying], return_when=asyncio.FIRST_COMPLETED)
-    hurrying.cancel()
     if not stopping.done():
         for process in multiprocessing.active_children():
-            process.kill()
+            kill_process_tree(process.pid)  # the workers of several GPUs too
     await stopping
 
 

@@ -44,6 +44,7 @@ def make_listener(app: ASGIApp, args: argparse.Namespace, **options: Any) -> Lis
         port=args.port,
         log_level=args.uvicorn_log_level,
         access_log=not args.disable_uvicorn_access_log,
+        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
         timeout_keep_alive=vllm.envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
         timeout_graceful_shutdown=LAST_BYTES_S,
         ssl_keyfile=args.ssl_keyfile,
@@ -53,8 +54,7 @@ def make_listener(app: ASGIApp, args: argparse.Namespace, **options: Any) -> Lis
         ssl_ciphers=args.ssl_ciphers,
         **options,
     )
-    # uvicorn takes these from its configuration but has no argument for them.
-    config.h11_max_incomplete_event_size = args.h11_max_incomplete_event_size
+    # `BoundedProtocol` reads it here; uvicorn has no argument for it.
     config.h11_max_header_count = args.h11_max_header_count  # type: ignore[attr-defined]
     config.load()
     return Listener(config)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 HEAD_S = 30.0  # more than any client needs for what fits a few packets
 REST_S = 60.0  # for what is left of a body once its request is answered: as a body has by default
-# Defaults of vLLM's options of this meaning, whose own, 4 MiB and 256, are for no client's good.
+# In the place of the defaults of vLLM's options of this meaning, 4 MiB and 256.
 HEAD_BYTES = 64 * 2**10  # as most servers and proxies take at most
 HEADERS = 128  # clients send about 10, and proxies add as many
 
@@ -38,7 +38,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._most_bytes = config.h11_max_incomplete_event_size or HEAD_BYTES
         self._most_headers = getattr(config, "h11_max_header_count", HEADERS)
         self._clock: asyncio.TimerHandle | None = None
-        # Bytes of the packets in which no head, no part of a body and no request has ended.
+        # Bytes since the last packet in which a head was complete, a body came or a request ended.
         self._size = 0
         self._in_body = False
         self._over = False
@@ -63,9 +63,8 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._size > self._most_bytes or len(self.headers or ()) > self._most_headers:
             self._refuse_size()
-        elif self._clock is None and self.cycle.response_complete:
-            seconds = REST_S if self._in_body else HEAD_S
-            self._clock = self.loop.call_later(seconds, self._on_time)
+        elif self.cycle is not None and self.cycle.response_complete:
+            self._time_what_comes()
 
     def on_headers_complete(self) -> None:
         """Begin the request, unless its head is too large.
@@ -90,6 +89,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """Count anew for the next head."""
         self._size, self._in_body = 0, False
+        self._stop_clock()
         super().on_message_complete()
 
     def handle_websocket_upgrade(self) -> None:
@@ -101,6 +101,18 @@ class BoundedProtocol(HttpToolsProtocol):
         """Refuse what is no HTTP; called too when `on_headers_complete` has refused a head."""
         if not self._over:
             self._refuse(400, "BadRequestError", msg)
+
+    def _time_what_comes(self) -> None:
+        """Give what has begun to come its time, after an answer; else the connection is idle."""
+        if self._size or self._in_body:
+            if self._clock is None:
+                seconds = REST_S if self._in_body else HEAD_S
+                self._clock = self.loop.call_later(seconds, self._on_time)
+        elif self.timeout_keep_alive_task is None:
+            # uvicorn has stopped it at the rest of a body, and starts it with an answer only.
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def _stop_clock(self) -> None:
         if self._clock is not None:

@@ -10,8 +10,8 @@ kills the engine first, GET /hang has it hang.
 import asyncio
 import multiprocessing
 import socket
+import subprocess
 import sys
-import time
 from typing import Any
 
 import uvicorn
@@ -24,11 +24,19 @@ from sliceserve.server.listener import Listener
 HANGS, CUT = asyncio.Event(), asyncio.Event()
 
 
+def engine_process() -> None:
+    """Have a worker, whose number is printed, and do not end."""
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print(worker.pid, flush=True)
+    worker.wait()
+
+
 class StandIn:
     errored = False
+    output_handler = None
 
     def __init__(self, stuck: bool) -> None:
-        self.process = multiprocessing.Process(target=time.sleep, args=(10_000,)) if stuck else None
+        self.process = multiprocessing.Process(target=engine_process) if stuck else None
         if self.process:
             self.process.start()
 

@@ -14,7 +14,15 @@ from pathlib import Path
 import httpx
 import pytest
 import told_engine
-from server_process import STOP_SECONDS, post, sample, serving, stream, wait_until_gone
+from server_process import (
+    STOP_SECONDS,
+    post,
+    read_stat,
+    sample,
+    serving,
+    stream,
+    wait_until_gone,
+)
 
 KEY = "key"
 SCRIPT = Path(__file__).with_name("life_process.py")
@@ -63,12 +71,19 @@ def test_a_second_signal_ends_at_once() -> None:
 
 
 def test_a_second_signal_while_the_engine_stops_ends_its_processes() -> None:
-    with process(10_000, "stuck") as (started, _):
-        started.send_signal(signal.SIGTERM)
+    with process(10_000, "stuck") as (started, url):
         assert started.stdout
+        worker = Path(f"/proc/{int(started.stdout.readline())}/stat")
+        assert httpx.get(f"{url}/metrics", timeout=LIMIT_S).text == "begun"
+        started.send_signal(signal.SIGTERM)
         assert started.stdout.readline() == "shutdown 10\n"
+        assert read_stat(worker)
         started.send_signal(signal.SIGTERM)
         assert end_of(started)[0] == 128 + signal.SIGTERM
+    deadline = time.monotonic() + STOP_SECONDS
+    while read_stat(worker) and read_stat(worker)[1] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_an_idle_server_leaves_without_waiting() -> None:

@@ -49,7 +49,7 @@ def play(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> It
         app = Application()
         config = uvicorn.Config(
             app, http=BoundedProtocol, port=0, lifespan="off", log_config=None,
-            h11_max_incomplete_event_size=BYTES,
+            h11_max_incomplete_event_size=BYTES, timeout_keep_alive=PATIENCE_S,
         )  # fmt: skip
         config.h11_max_header_count = HEADERS  # type: ignore[attr-defined]
         server = uvicorn.Server(config)
@@ -115,12 +115,14 @@ def test_a_silent_connection_is_closed(play: Play) -> None:
     play(scenario)
 
 
-@pytest.mark.usefixtures("short_times")
 @pytest.mark.parametrize("begin", [b"G", b"\r\n"])
-def test_the_next_head_of_a_connection_has_its_time_too(play: Play, begin: bytes) -> None:
+def test_the_next_head_of_a_connection_has_its_time_too(
+    play: Play, begin: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario(serving: Serving) -> None:
         async with serving.client(GET % (b"1", b"")) as client:
             await client.expect("/1 0")
+            monkeypatch.setattr(protocol, "HEAD_S", SLOW_S)
             assert (await serving.connection())._clock is None
             client.send(begin)
             await client.expect_refusal(408, "within 0.3 s")
@@ -129,16 +131,36 @@ def test_the_next_head_of_a_connection_has_its_time_too(play: Play, begin: bytes
     play(scenario)
 
 
-@pytest.mark.usefixtures("short_times")
-@pytest.mark.parametrize("rest", [b"1", b"1\r\nx\r\n", b"0\r\n\r\n"])
+@pytest.mark.parametrize("rest", [b"1", b"1\r\nx\r\n", b"0\r\n"])
 def test_the_rest_of_a_body_does_not_hold_a_connection_that_was_answered(
-    play: Play, rest: bytes
+    play: Play, rest: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(serving: Serving) -> None:
         async with serving.client(CHUNKED % b"early") as client:
             await client.expect("/early 0")
+            monkeypatch.setattr(protocol, "REST_S", SLOW_S)
             client.send(rest)
             await client.expect_end()
+
+    play(scenario)
+
+
+def test_a_connection_is_idle_when_the_rest_of_a_body_has_come(play: Play) -> None:
+    async def scenario(serving: Serving) -> None:
+        async with serving.client(CHUNKED % b"early") as client:
+            await client.expect("/early 0")
+            client.send(b"1\r\nx\r\n")
+            connection = await serving.connection()
+            await until(lambda: connection._clock is not None)
+            assert connection.timeout_keep_alive_task is None
+            client.send(b"0\r\n\r\n")
+            await until(lambda: connection.timeout_keep_alive_task is not None)
+            assert connection._clock is None
+            client.send(b"GET")
+            await until(lambda: connection._clock is not None)
+            assert connection.timeout_keep_alive_task is None
+            client.send(b" /2 HTTP/1.1\r\n\r\n")
+            await client.expect("/2 0")
 
     play(scenario)
 
@@ -373,7 +395,7 @@ def test_a_websocket_has_no_timer(play: Play, kept: bool) -> None:
     play(scenario)
 
 
-def test_an_unknown_upgrade_is_an_ordinary_request(play: Play) -> None:
+def test_an_unknown_upgrade_without_a_body_is_an_ordinary_request(play: Play) -> None:
     async def scenario(serving: Serving) -> None:
         async with serving.client() as client:
             client.send(GET % (b"h2c", b"Connection: Upgrade\r\nUpgrade: h2c\r\n"))
