@@ -110,7 +110,12 @@ TILES = [
 ROWS = {
     "Latency": [
         Panel("Time to first token", "s", quantiles("sliceserve_time_to_first_token_seconds")),
-        Panel("Time per output token", "s", quantiles("sliceserve_time_per_output_token_seconds")),
+        Panel(
+            "Between tokens",
+            "s",
+            quantiles("vllm:inter_token_latency_seconds"),
+            "every gap of every answer (ITL); a mean of each answer would hide stalls",
+        ),
         Panel("Whole request", "s", quantiles("sliceserve_request_latency_seconds")),
         Panel("In the queue", "s", quantiles("sliceserve_queue_time_seconds")),
     ],

@@ -65,6 +65,7 @@ async def run_until_signal(
         lifecycle.enter(Phase.DRAINING, "waiting for running requests")
 
     loop = asyncio.get_running_loop()
+    until = 0.0
     for number in SIGNALS:
         loop.add_signal_handler(number, on_signal, number)
     serving = asyncio.ensure_future(listener.serve(sockets=[bound]))
@@ -78,6 +79,7 @@ async def run_until_signal(
         watching.cancel()
         if received:
             _logger.info("Draining: running=%d timeout=%ss", drain.running, drain_timeout)
+            until = loop.time() + drain_timeout
             left = await drain.wait(drain_timeout, hurry, hopeless)
         elif hanging.done():
             left = drain.running
@@ -94,6 +96,8 @@ async def run_until_signal(
         if left:
             # First, so that clients are told of its end.
             await _stop(engine, hurrying)
+        # Whole answers may still be on their way to clients that read slowly.
+        listener.linger(until - loop.time())
         listener.should_exit = True
         await asyncio.wait([serving, hurrying], return_when=asyncio.FIRST_COMPLETED)
         listener.force_exit = hurry.is_set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,11 @@ LAST_BYTES_S = 5
 
 class Listener(uvicorn.Server):
     """An HTTP server that leaves signals to its owner."""
+
+    def linger(self, seconds: float) -> None:
+        """Give connections at least so long to take what is written once the server is to exit."""
+        least = self.config.timeout_graceful_shutdown or 0
+        self.config.timeout_graceful_shutdown = max(least, math.ceil(seconds))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

@@ -3,8 +3,8 @@
     python life_process.py DRAIN_TIMEOUT [stuck]
 
 A `stuck` engine has a process that does not stop by itself. It prints its port, and a line for
-every call of the engine's shutdown, and of what cuts requests. Only GET /metrics ends; GET /die
-kills the engine first, GET /hang has it hang.
+every call of the engine's shutdown, and of what cuts requests. Only GET /metrics and /large end;
+GET /die kills the engine first, GET /hang has it hang.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from sliceserve.server.health import Lifecycle, Phase
 from sliceserve.server.life import run_until_signal
 from sliceserve.server.listener import Listener
 
+LARGE = 32 * 2**20  # bytes, more than sockets hold
 HANGS, CUT = asyncio.Event(), asyncio.Event()
 
 
@@ -53,8 +54,9 @@ async def endless(scope: Any, _receive: Any, send: Any) -> None:
         if scope["path"] == "/hang":
             HANGS.set()
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        more = scope["path"] != METRICS
-        await send({"type": "http.response.body", "body": b"begun", "more_body": more})
+        more = scope["path"] not in (METRICS, "/large")
+        body = b"begun" if scope["path"] != "/large" else bytes(LARGE)
+        await send({"type": "http.response.body", "body": body, "more_body": more})
         if more:
             await CUT.wait()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 import told_engine
+from life_process import LARGE
 from server_process import (
     STOP_SECONDS,
     post,
@@ -46,6 +47,14 @@ def process(drain_timeout: float, *options: str) -> Iterator[tuple["subprocess.P
 def end_of(started: "subprocess.Popen[str]") -> tuple[int, list[str]]:
     output, _ = started.communicate(timeout=LIMIT_S)
     return started.returncode, output.splitlines()
+
+
+def is_closed(url: str) -> bool:
+    try:
+        httpx.get(url, timeout=LIMIT_S)
+    except httpx.TransportError:
+        return True
+    return False
 
 
 def test_a_drain_that_takes_too_long_ends_and_the_client_is_cut() -> None:
@@ -84,6 +93,19 @@ def test_a_second_signal_while_the_engine_stops_ends_its_processes() -> None:
     while read_stat(worker) and read_stat(worker)[1] != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_client_that_reads_slowly_has_the_time_of_the_drain() -> None:
+    """An answer that is written whole is over for the server, and not for the client."""
+    with process(10_000) as (started, url), httpx.stream("GET", f"{url}/large") as answer:
+        chunks = answer.iter_bytes()
+        read = len(next(chunks))
+        started.send_signal(signal.SIGTERM)
+        while not is_closed(url):
+            time.sleep(0.05)
+        time.sleep(2)  # longer than connections have in this process without a drain
+        assert read + sum(map(len, chunks)) == LARGE
+        assert end_of(started)[0] == 0
 
 
 def test_an_idle_server_leaves_without_waiting() -> None:

@@ -78,12 +78,17 @@ def ask_on(url: str, trust: ssl.SSLContext, over: threading.Event, *, streamed: 
     return whole
 
 
-def logged(server: ServerProcess) -> list[dict[str, object]]:
-    """The completions that a server logged with 200."""
+def asked(server: ServerProcess) -> list[dict[str, object]]:
+    """The completions that a server logged."""
     whole, _, _ = server.log.read_text().rpartition("\n")  # of the last line a part may be there
     lines = whole.splitlines()
     found = [json.loads(line) for line in lines if line.startswith('{"time"')]
-    return [line for line in found if line["route"] == "/v1/completions" and line["status"] == 200]
+    return [line for line in found if line["route"] == "/v1/completions"]
+
+
+def logged(server: ServerProcess) -> list[dict[str, object]]:
+    """Those with 200."""
+    return [line for line in asked(server) if line["status"] == 200]
 
 
 def wait_until(condition: Callable[[], bool], server: ServerProcess) -> None:
@@ -141,6 +146,8 @@ def test_a_restart_under_load_loses_no_answer(
     (draining,) = (line for line in first.log.read_text().splitlines() if "Draining:" in line)
     assert "running=0" not in draining
     assert len(logged(first)) >= before + CLIENTS
+    told = {(line["status"], line["refused"], line["disconnected"]) for line in asked(first)}
+    assert told <= {(200, None, False), (503, "draining", False)}
     answered = logged(first) + logged(second)
     assert len(answered) == whole
     assert not any(line["failed"] or line["disconnected"] for line in answered)

@@ -79,6 +79,8 @@ CASES: dict[str, tuple[dict[str, str], ...]] = {
     "SliceserveQueueGrows": (
         {f"vllm:num_requests_waiting{{{MODEL}}}": "0+2x2000"},
         {f"vllm:num_requests_waiting{{{MODEL}}}": "2000-1x1900"},
+        # Grows, and is short.
+        {f"vllm:num_requests_waiting{{{MODEL}}}": "0+0.001x2000"},
     ),
     "SliceserveCacheFull": (
         {f"vllm:kv_cache_usage_perc{{{MODEL}}}": "0.99x2000"},
@@ -99,6 +101,12 @@ CASES: dict[str, tuple[dict[str, str], ...]] = {
             f"sliceserve_gpu_seconds_total{{{MODEL}}}": "0+480x2000",
             f"sliceserve_generation_tokens_total{{{MODEL}}}": "0+600x1440 864000+300x560",
             f"vllm:num_requests_waiting{{{MODEL}}}": "0x2000",
+        },
+        # Requests wait, and a token costs what it did.
+        {
+            f"sliceserve_gpu_seconds_total{{{MODEL}}}": "0+480x2000",
+            f"sliceserve_generation_tokens_total{{{MODEL}}}": "0+600x2000",
+            f"vllm:num_requests_waiting{{{MODEL}}}": "3x2000",
         },
     ),
 }

@@ -1,0 +1,169 @@
+"""What the chart's pods are given: probes, sources, places, and who may reach them."""
+
+from typing import Any
+
+import pytest
+from helm_render import (
+    CHART,
+    FULL,
+    HUB,
+    NODES,
+    Manifest,
+    of_kind,
+    render,
+    scenario,
+    server_pod,
+    with_values,
+)
+
+OURS = {"app.kubernetes.io/instance": "demo", "app.kubernetes.io/name": "sliceserve"}
+
+
+def policy(manifests: list[Manifest], name: str) -> Any:
+    (found,) = (
+        one["spec"]
+        for one in of_kind(manifests, "NetworkPolicy")
+        if one["metadata"]["name"] == f"demo-sliceserve-{name}"
+    )
+    return found
+
+
+def job_pod(values: dict[str, Any]) -> Any:
+    (job,) = of_kind(render(values), "Job")
+    return job["spec"]["template"]["spec"]
+
+
+def volumes(pod: Any) -> dict[str, Any]:
+    return {volume.pop("name"): volume for volume in pod["volumes"]}
+
+
+def part(name: str) -> dict[str, Any]:
+    return {"podSelector": {"matchLabels": OURS | {"app.kubernetes.io/component": name}}}
+
+
+def test_nothing_is_let_in_or_out_that_is_not_named() -> None:
+    manifests = render(FULL)
+    ports = [{"port": 53, "protocol": protocol} for protocol in ("UDP", "TCP")]
+    assert policy(manifests, "default-deny") == {
+        "podSelector": {"matchLabels": OURS},
+        "policyTypes": ["Ingress", "Egress"],
+        "egress": [{"ports": ports}],
+    }
+    namespaces = [
+        {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}
+        for name in ("monitoring", "gateways")
+    ]
+    served = [{"port": 8000, "protocol": "TCP"}]
+    assert policy(manifests, "server") == part("server") | {
+        "policyTypes": ["Ingress"],
+        "ingress": [{"from": [{"podSelector": {}}, *namespaces], "ports": served}],
+    }
+    assert policy(manifests, "test") == part("test") | {
+        "policyTypes": ["Egress"],
+        "egress": [{"to": [part("server")], "ports": served}],
+    }
+    assert policy(manifests, "slice") == part("slice") | {
+        "policyTypes": ["Egress"],
+        "egress": [{"ports": [{"port": 443, "protocol": "TCP"}]}],
+    }
+
+
+def test_no_namespace_is_let_in_unless_it_is_named() -> None:
+    (rule,) = policy(render(HUB), "server")["ingress"]
+    assert rule["from"] == [{"podSelector": {}}]
+
+
+@pytest.mark.parametrize("minutes", [40, 90])
+def test_each_probe_asks_its_route_and_a_long_load_has_its_time(minutes: int) -> None:
+    values = with_values(FULL, "server.startupMinutes", minutes)
+    (server,) = server_pod(values)["spec"]["containers"]
+    found = {name: server[f"{name}Probe"] for name in ("startup", "readiness", "liveness")}
+    asked = {name: probe["httpGet"] for name, probe in found.items()}
+    # A server that is full or leaves is not ready, and must not be killed for it.
+    assert asked == {
+        "startup": {"path": "/readyz", "port": "http"},
+        "readiness": {"path": "/readyz", "port": "http"},
+        "liveness": {"path": "/livez", "port": "http"},
+    }
+    startup = found["startup"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] == minutes * 60
+
+
+def test_a_load_of_140_gb_at_100_mb_a_second_is_waited_for() -> None:
+    (server,) = server_pod(HUB)["spec"]["containers"]
+    startup = server["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= 140e9 / 100e6
+
+
+def test_the_job_finds_the_model_wherever_it_is() -> None:
+    from_hub = job_pod(FULL)
+    (slicer,) = from_hub["containers"]
+    env = {entry["name"]: entry for entry in slicer["env"]}
+    assert env["HF_TOKEN"]["valueFrom"] == {"secretKeyRef": {"name": "hub", "key": "token"}}
+    # What was downloaded is there when the Job goes on.
+    assert env["HF_HOME"]["value"].startswith("/checkpoints/")
+    claim = {"persistentVolumeClaim": {"claimName": "demo-sliceserve-checkpoints"}}
+    assert volumes(from_hub)["checkpoints"] == claim
+    for name, volume in {
+        "oci": {
+            "image": {
+                "reference": "registry.example.com/models/llama:1",
+                "pullPolicy": "IfNotPresent",
+            }
+        },
+        "hpa": {"persistentVolumeClaim": {"claimName": "models", "readOnly": True}},
+        "cpu": {"emptyDir": {"sizeLimit": "200Gi"}},
+    }.items():
+        pod = job_pod(scenario(CHART / "ci" / f"{name}-values.yaml"))
+        assert volumes(pod)["model"] == volume
+        mounts = {mount["name"]: mount for mount in pod["containers"][0]["volumeMounts"]}
+        assert mounts["model"] == {"name": "model", "mountPath": "/model", "readOnly": True}
+        for download in pod.get("initContainers", []):
+            assert download["envFrom"] == [{"secretRef": {"name": "object-storage"}}]
+            assert {"name": "model", "mountPath": "/model"} in download["volumeMounts"]
+        assert bool(pod.get("initContainers")) == (name == "cpu")
+
+
+def test_pods_run_where_and_as_whom_they_should() -> None:
+    manifests = render(FULL)
+    server, slicer = server_pod(FULL)["spec"], job_pod(FULL)
+    tolerations = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    for pod, name in ((server, "server"), (slicer, "slice")):
+        assert pod["serviceAccountName"] == f"demo-sliceserve-{name}"
+        assert pod["imagePullSecrets"] == [{"name": "registry"}]
+        assert pod["nodeSelector"] == {"gpu": "h100"}
+        assert pod["tolerations"] == tolerations
+        assert pod["runtimeClassName"] == "nvidia"
+    assert server["priorityClassName"] == "serving"
+    (spread,) = server["topologySpreadConstraints"]
+    assert spread["topologyKey"] == "kubernetes.io/hostname"
+    assert {"labelSelector": spread["labelSelector"]} == {
+        "labelSelector": part("server")["podSelector"]
+    }
+    (claim,) = of_kind(manifests, "PersistentVolumeClaim")
+    assert claim["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+
+
+def test_a_group_never_goes_below_capacity_and_no_rollout_gives_up() -> None:
+    (group,) = of_kind(render(NODES), "LeaderWorkerSet")
+    rolling = group["spec"]["rolloutStrategy"]["rollingUpdateConfiguration"]
+    assert rolling == {"maxUnavailable": 0, "maxSurge": 1}
+    (deployment,) = of_kind(render(FULL), "Deployment")
+    assert deployment["spec"]["progressDeadlineSeconds"] >= 24 * 3600
+
+
+def test_answers_that_take_long_pass_the_ingress_and_the_route() -> None:
+    manifests = render(FULL)
+    (ingress,) = of_kind(manifests, "Ingress")
+    (rule,) = ingress["spec"]["rules"]
+    service = {"service": {"name": "demo-sliceserve", "port": {"name": "http"}}}
+    assert rule["http"]["paths"] == [{"path": "/v1", "pathType": "Prefix", "backend": service}]
+    (route,) = of_kind(manifests, "HTTPRoute")
+    (matched,) = route["spec"]["rules"]
+    assert matched["matches"] == [{"path": {"type": "PathPrefix", "value": "/v1"}}]
+    assert matched["timeouts"] == {"request": "3600s"}
+    plain = with_values(HUB, "ingress", {"enabled": True, "host": "llm.example.com"})
+    (ingress,) = of_kind(render(plain), "Ingress")
+    for what in ("read", "send"):
+        name = f"nginx.ingress.kubernetes.io/proxy-{what}-timeout"
+        assert ingress["metadata"]["annotations"][name] == "3600"
