@@ -41,6 +41,7 @@ COMMANDS = [
     for page in ("README.md", "docs/operate.md", "helm/sliceserve/README.md")
     for block in re.findall(r"```sh\n(.*?)```", (REPOSITORY / page).read_text(), re.DOTALL)
     for command in re.findall(r"^helm (?:install|upgrade) (?:.*\\\n)*.*", block, re.MULTILINE)
+    if "helm/sliceserve" in command  # and not another chart
 ]
 
 
