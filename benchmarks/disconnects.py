@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-from prometheus_client.parser import text_string_to_metric_families
+from load import samples
 from serving import KEY, NAME, SLICESERVE, Server, served
 from tqdm import tqdm
 
@@ -28,16 +28,12 @@ LONG, LATEST_S = 4000, 1.0
 WAIT_S = 60
 
 
-def read(client: httpx.Client) -> dict[str, float]:
-    """Return the value of each series, summed over its labels."""
-    found: dict[str, float] = {}
-    for family in text_string_to_metric_families(client.get("/metrics").text):
-        for sample in family.samples:
-            found[sample.name] = found.get(sample.name, 0.0) + sample.value
-    return found
+def total(server: Server, name: str) -> float:
+    """Return the value of a series, summed over its labels."""
+    return sum(samples(server.url, name).values())
 
 
-def leave(server: Server, client: httpx.Client, clients: int) -> list[float]:
+def leave(server: Server, clients: int) -> list[float]:
     """Return the seconds from the leaving of all clients until each is free."""
     body = {"model": NAME, "prompt": "Once", "max_tokens": LONG, "stream": True, "ignore_eos": True}
     streams = []  # one that is forgotten closes its connection
@@ -53,19 +49,18 @@ def leave(server: Server, client: httpx.Client, clients: int) -> list[float]:
             streams.append(answer.iter_raw())
             next(streams[-1])
         end = time.monotonic() + WAIT_S
-        while (running := read(client)["vllm:num_requests_running"]) < clients:
+        while (running := total(server, "vllm:num_requests_running")) < clients:
             if time.monotonic() > end:
                 sys.exit(f"only {running:.0f} of {clients} streams run")
         time.sleep(random.uniform(0, LATEST_S))  # noqa: S311 - no secret
     left = time.perf_counter()
     freed: dict[str, float] = {}
     while len(freed) < len(FREED):
-        series, now = read(client), time.perf_counter() - left
-        if now > WAIT_S:
-            sys.exit(f"{WAIT_S} s after the clients left: {series}")
-        for name, needed in FREED.items():
-            if name not in freed and not any(series[one] for one in needed):
-                freed[name] = now
+        for name, series in FREED.items():
+            if name not in freed and not any(total(server, one) for one in series):
+                freed[name] = time.perf_counter() - left
+        if time.perf_counter() - left > WAIT_S:
+            sys.exit(f"{WAIT_S} s after the clients left not all is free: {freed}")
     return [freed[name] for name in FREED]
 
 
@@ -77,12 +72,8 @@ def main() -> int:
     parser.add_argument("--options", type=shlex.split, default=[], help="of the server, in one")
     options = parser.parse_args()
     command = [*SLICESERVE, "serve", str(options.directory), "--access-log", "/dev/null"]
-    with served([*command, *options.options], "/readyz") as server:
-        headers = {"Authorization": f"Bearer {KEY}"}
-        with httpx.Client(base_url=server.url, headers=headers, timeout=WAIT_S) as client:
-            found = np.array(
-                [leave(server, client, options.clients) for _ in tqdm(range(options.rounds))]
-            )
+    with served([*command, "--metrics-public", *options.options], "/readyz") as server:
+        found = np.array([leave(server, options.clients) for _ in tqdm(range(options.rounds))])
     print(f"| {options.clients} clients leave, {options.rounds} times | median, s | latest, s |")
     print("| --- | ---: | ---: |")
     for name, seconds in zip(FREED, found.T, strict=True):

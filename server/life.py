@@ -65,7 +65,7 @@ async def run_until_signal(
         lifecycle.enter(Phase.DRAINING, "waiting for running requests")
 
     loop = asyncio.get_running_loop()
-    until = 0.0
+    until = loop.time()
     for number in SIGNALS:
         loop.add_signal_handler(number, on_signal, number)
     serving = asyncio.ensure_future(listener.serve(sockets=[bound]))

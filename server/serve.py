@@ -96,10 +96,8 @@ def make_parser() -> Any:
         epilog=_EPILOG,
     )
     add_options(parser)
-    # Older versions let every origin in.
-    parser.set_defaults(
-        allowed_origins=[], h11_max_incomplete_event_size=HEAD_BYTES, h11_max_header_count=HEADERS
-    )
+    parser.set_defaults(allowed_origins=[])  # older versions let every origin in
+    parser.set_defaults(h11_max_incomplete_event_size=HEAD_BYTES, h11_max_header_count=HEADERS)
     return parser
 
 
