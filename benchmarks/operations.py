@@ -5,10 +5,12 @@
 Bfloat16, a quarter of the width deleted, low-rank rotations of the default rank, each as a CUDA
 graph. Microseconds a call, compiled and ours, and their ratio. `gated`: norm, activation and
 concatenation, without the products. `accumulate`: the product that writes, with its addition.
+`rounded`: joined with the rotation's columns and rounded to fp8 or int8, a scale a token.
 """
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from cuda_graph import seconds
@@ -18,7 +20,7 @@ from torch.nn.functional import linear, silu
 
 from sliceserve.kernels.accumulate import accumulate
 from sliceserve.kernels.gated import gated
-from sliceserve.kernels.rounded import reference, rounded
+from sliceserve.kernels.rounded import FP8, reference, rounded
 from sliceserve.slicing.rotations import default_rank
 from sliceserve.slicing.shape import sliced_width
 
@@ -60,7 +62,7 @@ def measure(
     torch.compiler.reset()
     joins, adds, rounds = map(torch.compile, (normed_and_joined, added, reference))
     gate_up, u = projected.split([2 * inner, rank], dim=-1)
-    return {
+    found = {
         "gated": (
             microseconds(lambda: joins(x, projected, rank)),
             microseconds(lambda: gated(x, projected, rank, EPS)),
@@ -69,15 +71,16 @@ def measure(
             microseconds(lambda: adds(x, a, weight)),
             microseconds(lambda: accumulate(x, a, weight)),
         ),
-        "rounded, gated": (
-            microseconds(lambda: rounds(gate_up, u, rho, True)),
-            microseconds(lambda: rounded(gate_up, u, rho, True)),
-        ),
-        "rounded": (
-            microseconds(lambda: rounds(attention, beside, None, False)),
-            microseconds(lambda: rounded(attention, beside, None, False)),
-        ),
     }
+    for name, dtype in {"fp8": FP8, "int8": torch.int8}.items():
+        gates = (gate_up, u, rho, True, dtype)
+        joined = (attention, beside, None, False, dtype)
+        for key, case in {f"rounded to {name}, gated": gates, f"rounded to {name}": joined}.items():
+            found[key] = (
+                microseconds(partial(rounds, *case)),
+                microseconds(partial(rounded, *case)),
+            )
+    return found
 
 
 @torch.inference_mode()

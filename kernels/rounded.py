@@ -1,11 +1,11 @@
-"""A branch joined with what a rotation adds beside it, rounded to fp8 with a scale a token.
+"""A branch joined with what a rotation adds beside it, rounded to eight bits with a scale a token.
 
     y = [a ‖ ρ·u], or [silu(g) · v ‖ ρ·u] of a branch that is [g ‖ v]
-    s = max|y| / 448, q = y / s in e4m3
+    s = max|y| / 448, q = y / s in e4m3; or 127 and int8
 
-q is what [W ; B] in fp8 multiplies. a [tokens, inner] or [tokens, 2·inner], u [tokens, rank], ρ
-[tokens, 1], q [tokens, inner + rank], s [tokens, 1] in float32. Left to itself the compiler writes
-y to memory and reads it again, and finds the largest of a row in two steps.
+q is what [W ; B] of eight bits multiplies. a [tokens, inner] or [tokens, 2·inner], u [tokens,
+rank], ρ [tokens, 1], q [tokens, inner + rank], s [tokens, 1] in float32. Left to itself the
+compiler writes y to memory and reads it again, and finds the largest of a row in two steps.
 """
 
 from typing import Any
@@ -21,12 +21,15 @@ except ImportError:
     triton = None
 
 FP8 = torch.float8_e4m3fn
-LARGEST = torch.finfo(FP8).max
-SMALLEST_SCALE = 1 / (LARGEST * 512)  # as vLLM has it
+LARGEST = {FP8: torch.finfo(FP8).max, torch.int8: 127.0}  # of what is used, the same below zero
+SMALLEST_SCALE = 1 / (LARGEST[FP8] * 512)  # as vLLM has it
+NEAREST = 1.5 * 2.0**23  # added to a float32 and taken away it leaves the nearest whole number
 COLUMNS_OF_A_WARP = 1024  # chosen on an H100
 
 
-def reference(a: Tensor, u: Tensor, rho: Tensor | None, gates: bool) -> tuple[Tensor, Tensor]:
+def reference(
+    a: Tensor, u: Tensor, rho: Tensor | None, gates: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Compute q and s in plain torch, in float32."""
     left, right = a.float(), u.float()
     if gates:
@@ -35,16 +38,19 @@ def reference(a: Tensor, u: Tensor, rho: Tensor | None, gates: bool) -> tuple[Te
     if rho is not None:
         right = right * rho
     y = torch.cat([left, right], dim=-1)
-    scale = (y.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=SMALLEST_SCALE)
-    return (y / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
+    largest = LARGEST[dtype]
+    scale = (y.abs().amax(-1, keepdim=True) / largest).clamp(min=SMALLEST_SCALE)
+    bounded = (y / scale).clamp(-largest, largest)
+    return (bounded.round() if dtype == torch.int8 else bounded).to(dtype), scale
 
 
 if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _rounded(  # type: ignore[no-untyped-def]
-        a_ptr, u_ptr, rho_ptr, q_ptr, s_ptr, inner, rank, a_stride, u_stride, smallest,
-        gates: tl.constexpr, divided: tl.constexpr, block: tl.constexpr, rank_block: tl.constexpr,
+        a_ptr, u_ptr, rho_ptr, q_ptr, s_ptr, inner, rank, a_stride, u_stride, bound, smallest,
+        nearest, whole: tl.constexpr, gates: tl.constexpr, divided: tl.constexpr,
+        block: tl.constexpr, rank_block: tl.constexpr,
     ):  # fmt: skip
         token = tl.program_id(0).to(tl.int64)
         column, beside = tl.arange(0, block), tl.arange(0, rank_block)
@@ -57,33 +63,43 @@ if triton is not None:
         if divided:
             right = right * tl.load(rho_ptr + token)
         largest = tl.maximum(tl.max(tl.abs(left)), tl.max(tl.abs(right)))
-        scale = tl.maximum(largest / 448, smallest)
+        scale = tl.maximum(largest / bound, smallest)
         tl.store(s_ptr + token, scale)
+        left, right = left / scale, right / scale
+        if whole:
+            left, right = (left + nearest) - nearest, (right + nearest) - nearest
         row = q_ptr + token * (inner + rank)
-        tl.store(row + column, (left / scale).to(q_ptr.dtype.element_ty), mask=inside)
-        tl.store(row + inner + beside, (right / scale).to(q_ptr.dtype.element_ty), mask=within)
+        tl.store(row + column, left.to(q_ptr.dtype.element_ty), mask=inside)
+        tl.store(row + inner + beside, right.to(q_ptr.dtype.element_ty), mask=within)
 
 
 def launch(
-    a: Tensor, u: Tensor, rho: Tensor | None, gates: bool, dtype: torch.dtype = FP8
+    a: Tensor,
+    u: Tensor,
+    rho: Tensor | None,
+    gates: bool,
+    dtype: torch.dtype,
+    held: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel; arguments as those of `rounded`, and the dtype of q."""
-    q, scale = _empty(a, u, rho, gates, dtype)
+    """Run the kernel; arguments as those of `rounded`, and what holds q if not that dtype."""
+    q, scale = _empty(a, u, rho, gates, held or dtype)
     tokens, rank = u.shape
     inner = q.shape[1] - rank
     block = triton.next_power_of_2(inner)
     kernel: Any = _rounded[(tokens,)]
     kernel(
-        a, u, rho, q, scale, inner, rank, a.stride(0), u.stride(0), SMALLEST_SCALE,
-        gates=gates, divided=rho is not None, block=block,
-        rank_block=triton.next_power_of_2(max(rank, 1)),
+        a, u, rho, q, scale, inner, rank, a.stride(0), u.stride(0), LARGEST[dtype],
+        SMALLEST_SCALE, NEAREST, whole=dtype == torch.int8, gates=gates,
+        divided=rho is not None, block=block, rank_block=triton.next_power_of_2(max(rank, 1)),
         num_warps=min(32, max(4, block // COLUMNS_OF_A_WARP)),
     )  # fmt: skip
     return q, scale
 
 
 @torch.library.custom_op("sliceserve::rounded", mutates_args=())
-def rounded(a: Tensor, u: Tensor, rho: Tensor | None, gates: bool) -> tuple[Tensor, Tensor]:
+def rounded(
+    a: Tensor, u: Tensor, rho: Tensor | None, gates: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Return q and s, by the kernel where there are a GPU and Triton.
 
     Args:
@@ -91,6 +107,7 @@ def rounded(a: Tensor, u: Tensor, rho: Tensor | None, gates: bool) -> tuple[Tens
         u: the rotation's columns, [tokens, rank]; rows may be strided.
         rho: what a row of u is multiplied by, [tokens, 1] in float32; None for 1.
         gates: whether a is [g ‖ v].
+        dtype: of q, float8_e4m3fn or int8.
 
     Raises:
         ValueError: the shapes or dtypes do not fit each other.
@@ -103,11 +120,13 @@ def rounded(a: Tensor, u: Tensor, rho: Tensor | None, gates: bool) -> tuple[Tens
         )
     if rho is not None and (tuple(rho.shape) != (len(a), 1) or rho.dtype != torch.float32):
         raise ValueError(f"rho {list(rho.shape)} {rho.dtype} must be [{len(a)}, 1] in float32")
+    if dtype not in LARGEST:
+        raise ValueError(f"dtype {dtype} is not one of {', '.join(map(str, LARGEST))}")
     if gates and a.shape[1] % 2:
         raise ValueError(f"a does not have two halves: {a.shape[1]} columns")
     dense = a.stride(1) == u.stride(1) == 1 and (rho is None or rho.is_contiguous())
     usable = triton is not None and a.is_cuda and dense
-    return (launch if usable and len(a) else reference)(a, u, rho, gates)
+    return (launch if usable and len(a) else reference)(a, u, rho, gates, dtype)
 
 
 def _empty(
@@ -115,7 +134,7 @@ def _empty(
     u: Tensor,
     rho: Tensor | None,  # noqa: ARG001
     gates: bool,
-    dtype: torch.dtype = FP8,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     inner = a.shape[1] // 2 if gates else a.shape[1]
     q = a.new_empty(a.shape[0], inner + u.shape[1], dtype=dtype)

@@ -10,8 +10,8 @@ With h = norm(x), a the branches' outputs and [a ‖ b] a concatenation, a subla
 On a GPU the division by ρ of a gated MLP waits until after the product that reads
 (`kernels.gated`): there u = x·A is what the rotation goes on with. What is added to x is added
 where x lies (`kernels.accumulate`). With quantised weights neither is so. In fp8 the compiler makes
-one kernel of the addition, the norm and its rounding, and `kernels.rounded` one of what remains
-where vLLM multiplies by CUTLASS with a scale a token.
+one kernel of the addition, the norm and its rounding. Where vLLM multiplies eight bits by CUTLASS
+with a scale a token, `kernels.rounded` makes one of what remains.
 
 The columns of x (or of u) are sharded over tensor-parallel ranks as those of a are, so that one
 all-reduce sums both. Where it can, attention writes into the matrix [a ‖ ·] itself
@@ -162,6 +162,13 @@ class FusedDecoderLayer(nn.Module):
             and not any(builder.has_bias(path) for path in sublayer.reads)
         )
 
+    def finish_loading(self) -> None:
+        """Round rotations that came into matrices of eight bits."""
+        for reads, writes in zip(self.joined_reads, self.joined_writes, strict=True):
+            joined_reads: Any = reads
+            joined_writes: Any = writes
+            joined_reads.finish_loading(joined_writes.finish_loading())
+
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """Run the layer: [tokens, widths[0]] to [tokens, widths[-1]]; the input may be changed."""
         for index, sublayer in enumerate(self.architecture.sublayers):
@@ -179,9 +186,10 @@ class FusedDecoderLayer(nn.Module):
             return moved
         projected = self.joined_reads[index](norm(x))
         inputs = torch.split(projected, self.input_sizes[index], dim=-1)
-        rounds = bool(rank and size) and x.is_cuda and writes.scaled is not None
+        rounds = rank is not None and x.is_cuda and writes.scaled is not None
         if rounds and self.gates[index]:
-            q, scale = rounded(inputs[0], inputs[1], _divisor(norm, x), gates=True)
+            columns, divisor = (inputs[1], _divisor(norm, x)) if rank else (inputs[0][:, :0], None)
+            q, scale = rounded(inputs[0], columns, divisor, True, writes.weight.dtype)
             activated: Tensor = writes.add_rounded_to(x, q, scale)
             return activated
         # Bound to a name before attention splits the graph: vLLM compiles equal layers once only if
@@ -195,9 +203,10 @@ class FusedDecoderLayer(nn.Module):
             self._run(branch, positions, y)
             for branch, y in zip(sublayer.branches, inputs, strict=False)
         ]
-        if rounds and beside is not None:
+        if rounds:
             branches = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-            q, scale = rounded(branches, beside, None, gates=False)
+            columns = branches[:, :0] if beside is None else beside
+            q, scale = rounded(branches, columns, None, False, writes.weight.dtype)
             added: Tensor = writes.add_rounded_to(x, q, scale)
             return added
         if beside is not None:

@@ -2,14 +2,15 @@
 
 Matrices that read the same input are stacked by rows, those whose outputs are summed side by side
 by columns. So a rotation costs no product of its own: its factors are more rows, or columns, of
-the products that a layer runs anyway. The matrix may be in fp8 (`sliceserve.server.fp8`) or of
-four bits (`sliceserve.server.packed`).
+the products that a layer runs anyway. The matrix may be of eight bits
+(`sliceserve.server.eight_bits`) or of four (`sliceserve.server.packed`).
 """
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from vllm import _custom_ops as ops
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -19,11 +20,16 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.utils import set_weight_attrs
 
 from sliceserve.kernels.accumulate import accumulate
-from sliceserve.kernels.rounded import FP8
-from sliceserve.server.fp8 import add_columns, round_rows, scaled_product
+from sliceserve.kernels.rounded import LARGEST
+from sliceserve.server.eight_bits import (
+    add_balanced_columns,
+    add_columns,
+    round_rows,
+    scaled_product,
+)
 from sliceserve.server.packed import PACKED, group_size, pack_padded
 
-ALIGNMENT = 16  # elements; a shard of a rotation starts at a multiple: 16 bytes of fp8
+ALIGNMENT = 16  # elements; a shard of a rotation starts at a multiple: 16 bytes of eight bits
 
 
 class Part(NamedTuple):
@@ -170,7 +176,7 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
                         f"{part.start}, and groups of {self.group} stay whole"
                     )
                 source = tensor.narrow(self.axis, start // unit, part.span // unit)
-                if param.dtype == FP8 and tensor.dtype != FP8:
+                if kind == "weight" and param.dtype in LARGEST and tensor.dtype != param.dtype:
                     # A loader may use the tensor's memory again.
                     self.unrounded[offset] = source.clone()
                 else:
@@ -184,23 +190,40 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
             return 1
         return {"weight_packed": PACKED, "weight_scale": self.group}[kind]
 
-    def finish_loading(self) -> None:
-        """Round what came unrounded into a matrix that was stored in fp8: rotations."""
+    def finish_loading(self, factors: Tensor | float = 1.0) -> Tensor | float:
+        """Round what came unrounded into a matrix that was stored in eight bits: a rotation.
+
+        Args:
+            factors: what each row of the rotation is to be multiplied by, [rank] or one for all.
+
+        Returns:
+            What each column of the rotation was divided by, alike.
+
+        """
+        divisors: Tensor | float = 1.0
         for offset, source in self.unrounded.items():
             if not source.numel():
                 continue
-            columns = source.to(self.weight.device)
+            added = source.to(self.weight.device)
             place = self.weight.data.narrow(self.axis, offset, source.shape[self.axis])
             if self.axis == 0:
-                rounded, scales = round_rows(columns)
-                self.weight_scale.data.narrow(0, offset, len(source)).copy_(scales)
+                rounded, scales = round_rows(added, self.weight.dtype)
+                share = self.weight_scale.data.narrow(0, offset, len(source))
+                share.copy_((scales.flatten() * factors)[:, None])
+            elif self.weight.dtype == torch.int8:
+                stored = self.weight.data.narrow(1, 0, offset)
+                rounded, scales, divisors = add_balanced_columns(
+                    stored, self.weight_scale.data, added
+                )
+                self.weight_scale.data.copy_(scales)
             else:
                 stored = self.weight.data.narrow(1, 0, offset)
-                weight, rounded, scales = add_columns(stored, self.weight_scale.data, columns)
+                weight, rounded, scales = add_columns(stored, self.weight_scale.data, added)
                 stored.copy_(weight)
                 self.weight_scale.data.copy_(scales)
             place.copy_(rounded)
         self.unrounded.clear()
+        return divisors
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply: [tokens, in of this rank] to [tokens, out of this rank]."""
@@ -225,19 +248,24 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
 
         Args:
             x: the residual stream.
-            q: what is multiplied, [tokens, in] in fp8.
+            q: what is multiplied, [tokens, in] in the weights' eight bits.
             scale: of each token, [tokens, 1].
 
         """
-        product = self.scaled.apply_scaled_mm(
-            A=q,
-            B=self.weight,
-            out_dtype=x.dtype,
-            As=scale,
-            Bs=self.weight_scale,
-            bias=None,
-            output_shape=[len(q), x.shape[-1]],
-        )
+        if q.dtype == torch.int8:
+            product = ops.cutlass_scaled_mm(
+                q, self.weight, scale_a=scale, scale_b=self.weight_scale, out_dtype=x.dtype
+            )
+        else:
+            product = self.scaled.apply_scaled_mm(
+                A=q,
+                B=self.weight,
+                out_dtype=x.dtype,
+                As=scale,
+                Bs=self.weight_scale,
+                bias=None,
+                output_shape=[len(q), x.shape[-1]],
+            )
         return self._with_biases(x + tensor_model_parallel_all_reduce(product))
 
     def _with_biases(self, x: Tensor) -> Tensor:

@@ -241,7 +241,7 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
                 f"the checkpoint does not hold the tensors its config implies: {problems}"
             )
         for module in self.modules():
-            if isinstance(module, JoinedLinear):
+            if isinstance(module, FusedDecoderLayer):
                 module.finish_loading()
         return loaded
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from vllm.model_executor.layers.linear import LinearBase
 
-from sliceserve.server.fp8 import takes_fp8_rotations
+from sliceserve.server.eight_bits import takes_eight_bit_rotations
 from sliceserve.server.packed import group_size
 from sliceserve.slicing.architectures import Architecture
 
@@ -39,4 +39,4 @@ def takes_rotations(
     probe = probe_linear(quant_config, prefix)
     if group_size(probe) is not None:
         return True
-    return takes_fp8_rotations(probe, quant_config, architecture)
+    return takes_eight_bit_rotations(probe, quant_config, architecture)

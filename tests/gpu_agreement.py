@@ -5,9 +5,9 @@
 Not collected by pytest, which must pass without a GPU. For a Llama with each form of rotation and a
 Phi, on one GPU, eager and compiled with CUDA graphs, and with two GPUs also tensor-parallel and
 pipeline-parallel, it prints the largest difference in logprob of the tokens that vLLM chose, over
-prompts fed to both, and exits with 1 above the tolerance of bfloat16. The same in fp8 and in four
-bits, against Transformers rounding alike in float32; then, tensor-parallel, the all-reduces of one
-step, dense and sliced.
+prompts fed to both, and exits with 1 above the tolerance of bfloat16. The same in fp8, int8 and
+four bits, against Transformers rounding alike in float32; then, tensor-parallel, the all-reduces of
+one step, dense and sliced.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from conftest import save_tiny, tiny_config
-from rounding import round_joined, round_rotations, widened
+from rounding import round_joined, round_joined_int8, round_rotations, widened
 from test_vllm import generate_each, read_results, run_vllm
 from transformers import AutoModelForCausalLM, PhiConfig, PreTrainedConfig
 
@@ -27,14 +27,14 @@ from sliceserve.slicing.quantize import QuantizeOptions, run_quantize
 from sliceserve.slicing.report import describe
 
 TOLERANCE = 0.1  # in bfloat16
-TOLERANCE_FP8 = 0.5  # bfloat16 moves values across the middle of two that fp8 has
+TOLERANCES = {"fp8": 0.5, "int8": 0.2}  # bfloat16 moves values across the middle of two steps
 PROMPTS = [[1, 2, 3, 4, 5], list(range(200)), [7, 9, 11] * 20]
 FORMS: dict[str, dict[str, Any]] = {
     "whole": dict(PAPER),
     "low-rank": {"rotation": "low-rank"},
     "shared": {"rotation": "shared"},
 }
-QUANTISED = ["fp8", "w4a16"]  # of the low-rank form
+QUANTISED = ["fp8", "int8", "w4a16"]  # of the low-rank form
 MODELS = [*FORMS, "phi", *QUANTISED]
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -84,12 +84,15 @@ def difference(reference: Any, results: list[dict[str, Any]]) -> float:
 
 def load_reference(name: str, directory: Path) -> Any:
     """Load what vLLM is compared with: Transformers, rounding alike where something is rounded."""
-    if name == "fp8":
-        directory = widened(directory, directory.with_name("fp8-wide"))
+    stored = directory
+    if name in TOLERANCES:
+        directory = widened(directory, directory.with_name(f"{name}-wide"))
     dtype = torch.float32 if name in QUANTISED else torch.bfloat16
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     if name == "fp8":
         round_joined(model, stored=True)
+    elif name == "int8":
+        round_joined_int8(model, stored)
     elif name == "w4a16":
         round_rotations(model, SCHEMES["w4a16"].group_size, torch.bfloat16)
     return model.cuda().eval()
@@ -145,7 +148,7 @@ def main() -> int:
         results = generate_each(list(models.values()), PROMPTS, 32, settings, [{}] * len(models))
         for name, result in zip(models, results, strict=True):
             found = difference(references[name], result)
-            tolerance = TOLERANCE_FP8 if name == "fp8" else TOLERANCE
+            tolerance = TOLERANCES.get(name, TOLERANCE)
             passed = passed and found <= tolerance
             print(
                 f"{layout}, {name}: largest logprob difference {found:.4f}, tolerance {tolerance}",

@@ -1,5 +1,5 @@
 """What engines compute with quantised checkpoints, in Transformers: weights multiplied out, and
-rounding to fp8 or four bits as vLLM does where rotations join linears."""
+rounding to eight or four bits as vLLM does where rotations join linears."""
 
 import json
 import shutil
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sliceserve.slicing.modeling import SlicedLayer
 
-LARGEST = 448  # of e4m3
+FP8 = torch.float8_e4m3fn
+LARGEST = {FP8: 448, torch.int8: 127}
 
 
 def widened(directory: Path, output: Path) -> Path:
@@ -31,17 +32,49 @@ def widened(directory: Path, output: Path) -> Path:
     return output
 
 
-def rounded(x: Tensor, scale: Tensor) -> Tensor:
-    return (x / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).to(x.dtype) * scale
+def rounded(x: Tensor, scale: Tensor, dtype: torch.dtype = FP8) -> Tensor:
+    steps = (x / scale).clamp(-LARGEST[dtype], LARGEST[dtype])
+    return (steps.round() if dtype == torch.int8 else steps.to(dtype).to(x.dtype)) * scale
 
 
-def scale_of(x: Tensor) -> Tensor:
+def scale_of(x: Tensor, dtype: torch.dtype = FP8) -> Tensor:
     """The scale of each row."""
-    return x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / LARGEST
+    return x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / LARGEST[dtype]
+
+
+def round_joined_int8(model: nn.Module, directory: Path) -> None:
+    """Round low-rank rotations of all layers, and what they and all linears read, in place.
+
+    Args:
+        model: a sliced model with the weights of a checkpoint in int8, multiplied out; each of its
+            sublayers writes with one linear.
+        directory: of that checkpoint.
+
+    """
+    (file,) = directory.glob("*.safetensors")
+    tensors = load_file(file)
+    layers = ((path, one) for path, one in model.named_modules() if isinstance(one, SlicedLayer))
+    for path, layer in layers:
+        for sublayer, rotation in zip(
+            layer.architecture.sublayers, layer.residual_rotation, strict=True
+        ):
+            down, up = rotation.get_submodule("down"), rotation.get_submodule("up")
+            (write,) = sublayer.writes
+            rows = tensors[f"{path}.{write}.weight_scale"].to(up.weight.device)
+            balance = (up.weight.data / rows).abs().amax(0) / LARGEST[torch.int8]
+            down.weight.data *= balance[:, None]
+            down.weight.data = rounded(
+                down.weight.data, scale_of(down.weight.data, torch.int8), torch.int8
+            )
+            up.weight.data = rounded(up.weight.data / balance, rows, torch.int8)
+            for linear in (down, *(layer.get_submodule(name) for name in sublayer.reads)):
+                _round_tokens(linear, torch.int8)
+            norm, writer = layer.get_submodule(sublayer.norm), layer.get_submodule(write)
+            _round_summed(norm, down, writer, up, torch.int8)
 
 
 def round_joined(model: nn.Module, stored: bool) -> None:
-    """Round linears and low-rank rotations of all layers, and what they read, in place.
+    """Round linears and low-rank rotations of all layers to fp8, and what they read, in place.
 
     Args:
         model: a sliced model, each of whose sublayers writes with one linear.
@@ -71,12 +104,16 @@ def round_rotations(model: nn.Module, group: int, dtype: torch.dtype = torch.flo
 
 
 def _round_readers(linears: list[Any]) -> None:
-    def round_token(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        return rounded(inputs[0], scale_of(inputs[0]))
-
     for linear in linears:
         linear.weight.data = rounded(linear.weight.data, scale_of(linear.weight.data))
-        linear.register_forward_pre_hook(round_token)
+        _round_tokens(linear, FP8)
+
+
+def _round_tokens(linear: nn.Module, dtype: torch.dtype) -> None:
+    def round_token(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        return rounded(inputs[0], scale_of(inputs[0], dtype), dtype)
+
+    linear.register_forward_pre_hook(round_token)
 
 
 def _round_written(norm: nn.Module, down: nn.Module, writer: Any, up: Any, stored: bool) -> None:
@@ -85,17 +122,24 @@ def _round_written(norm: nn.Module, down: nn.Module, writer: Any, up: Any, store
     shared = own * 2 ** (more / own).log2().ceil().clamp(min=0) if stored else own.maximum(more)
     for linear in (writer, up):
         linear.weight.data = rounded(linear.weight.data, shared)
+    _round_summed(norm, down, writer, up, FP8)
+
+
+def _round_summed(
+    norm: nn.Module, down: nn.Module, writer: Any, up: Any, dtype: torch.dtype
+) -> None:
+    """Round what two linears read whose products are summed, by one scale a token."""
     scales: dict[str, Tensor] = {}
 
     def see_stream(_: nn.Module, inputs: tuple[Tensor]) -> None:
-        scales["rotation"] = scale_of(down(inputs[0]))
+        scales["rotation"] = scale_of(down(inputs[0]), dtype)
 
     def round_branch(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        scales["token"] = scale_of(inputs[0]).maximum(scales["rotation"])
-        return rounded(inputs[0], scales["token"])
+        scales["token"] = scale_of(inputs[0], dtype).maximum(scales["rotation"])
+        return rounded(inputs[0], scales["token"], dtype)
 
     def round_rotation(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        return rounded(inputs[0], scales["token"])
+        return rounded(inputs[0], scales["token"], dtype)
 
     norm.register_forward_pre_hook(see_stream)
     writer.register_forward_pre_hook(round_branch)

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 
 from sliceserve.kernels.rounded import FP8, LARGEST
-from sliceserve.server.fp8 import add_columns, round_rows
+from sliceserve.server.eight_bits import add_balanced_columns, add_columns, round_rows
 from sliceserve.server.joined import JoinedLinear, Part
 from sliceserve.server.taking import takes_rotations
 from sliceserve.slicing.architectures import find_architecture
@@ -46,15 +46,33 @@ def assert_nearest(rounded: Tensor, scales: Tensor, exact: Tensor) -> None:
 def test_rows_have_scales_of_their_own() -> None:
     rows = values(50, 24, 6.0)
     rows[7] = 0
-    rounded, scales = round_rows(rows)
+    rounded, scales = round_rows(rows, FP8)
     assert rounded.dtype == FP8
     assert_nearest(rounded, scales, rows)
-    assert rounded.float().abs().amax(1).tolist() == [LARGEST] * 7 + [0] + [LARGEST] * 42
+    assert rounded.float().abs().amax(1).tolist() == [LARGEST[FP8]] * 7 + [0] + [LARGEST[FP8]] * 42
+    whole, scales = round_rows(rows, torch.int8)
+    assert ((whole.double() * scales - rows).abs() <= scales.double() * 0.50001).all()
+    assert whole.abs().amax(1).tolist() == [127] * 7 + [0] + [127] * 42
+
+
+def test_columns_join_whole_numbers_whose_scales_stay() -> None:
+    stored, scales = round_rows(values(50, 24, 2.0), torch.int8)
+    stored[9] = 0
+    columns = values(8, 50, 6.0).T
+    columns[:, 3] = 0
+    rounded, kept, divisors = add_balanced_columns(stored, scales, columns)
+    with_weights = torch.arange(50) != 9
+    assert torch.equal(kept[with_weights], scales[with_weights])
+    assert divisors.shape == (8,)
+    # As large as eight bits hold, each: the sum of A·B over its directions is what it was.
+    assert rounded.abs().amax(0).tolist() == [127, 127, 127, 0, 127, 127, 127, 127]
+    error = (rounded.double() * kept * divisors - columns).abs()
+    assert (error <= kept.double() * divisors * 0.50001).all()
 
 
 @pytest.mark.parametrize("spread", [0.0, 4.0])
 def test_columns_join_rows_that_stay_as_they_are(spread: float) -> None:
-    stored, scales = round_rows(values(50, 24, 0.0))
+    stored, scales = round_rows(values(50, 24, 0.0), FP8)
     before = stored.double() * scales
     columns = values(50, 8, spread)
     weight, rounded, grown = add_columns(stored, scales, columns)
@@ -63,7 +81,7 @@ def test_columns_join_rows_that_stay_as_they_are(spread: float) -> None:
     assert torch.equal(steps, 2 ** steps.log2().round())
     assert (steps >= 1).all()
     # No scale is twice what it has to be.
-    needed = torch.maximum(scales, columns.abs().amax(1, keepdim=True) / LARGEST)
+    needed = torch.maximum(scales, columns.abs().amax(1, keepdim=True) / LARGEST[FP8])
     assert (grown < 2 * needed * (1 + 1e-6)).all()
     # Exactly, but for what falls below the smallest normal value.
     normal = (before / grown).abs() >= torch.finfo(FP8).smallest_normal
@@ -117,6 +135,7 @@ def test_rotations_join_what_they_can() -> None:
             ("stored, two written", stored_in("FP8_DYNAMIC"), phi, [4]),
             ("whole", rows, llama, [4, None]),
             ("int8", stored_in("INT8"), llama, [4, 4]),
+            ("int8, two written", stored_in("INT8"), phi, [4]),
             ("a scale a matrix", stored_in("FP8_DYNAMIC", "tensor"), llama, [4, 4]),
             ("a scale a token before", stored_in("FP8"), llama, [4, 4]),
             ("some ignored", OnlineQuantizationConfig(some), llama, [4, 4]),
@@ -128,7 +147,7 @@ def test_rotations_join_what_they_can() -> None:
         )
     }
     assert [name for name, joined in found.items() if joined] == [
-        "stored", "online", "online, two written", "four bits", "four bits, two written",
+        "stored", "online", "online, two written", "int8", "four bits", "four bits, two written",
     ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from sliceserve.kernels import gated as compiled
 from sliceserve.kernels.accumulate import accumulate
-from sliceserve.kernels.rounded import rounded
+from sliceserve.kernels.rounded import FP8, rounded
 
 EPS = 1e-5
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -74,7 +74,8 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]
     cases = {
         "gated": [(*inputs(*case), EPS) for case in CASES],
         # The interpreter rounds to fp8 wrongly below powers of two: q is left unrounded.
-        "rounded": [(*rounded_inputs(*case), torch.float32) for case in ROUNDED],
+        "rounded": [(*rounded_inputs(*case), FP8, torch.float32) for case in ROUNDED],
+        "whole": [(*rounded_inputs(*case), torch.int8) for case in ROUNDED],
     }
     torch.save(cases, work / "inputs")
     subprocess.run(
@@ -105,11 +106,22 @@ def test_the_rounding_kernel_is_the_formula(index: int, interpreted: dict[str, l
     assert_close(unrounded.double() * scale, y, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("index", range(len(ROUNDED)))
+def test_whole_numbers_are_the_nearest(index: int, interpreted: dict[str, list[Any]]) -> None:
+    arguments = rounded_inputs(*ROUNDED[index])
+    y = exactly_joined(*arguments)
+    for q, scale in (interpreted["whole"][index], rounded(*arguments, torch.int8)):
+        assert q.dtype == torch.int8
+        assert_close(scale.double(), y.abs().amax(-1, keepdim=True) / 127, rtol=1e-6, atol=0)
+        assert ((q.double() * scale - y).abs() <= scale.double() * 0.50001).all()
+        assert q.abs().amax(-1).tolist() == [127] * len(q)
+
+
 @pytest.mark.parametrize("case", ROUNDED)
 def test_rounding_without_a_gpu_is_to_nearest(case: Any) -> None:
     arguments = rounded_inputs(*case)
     y = exactly_joined(*arguments)
-    q, scale = rounded(*arguments)
+    q, scale = rounded(*arguments, FP8)
     assert q.dtype == torch.float8_e4m3fn
     # Half of the last of e4m3's three bits, or of its smallest step.
     furthest = torch.maximum(y.abs() * 2**-4, scale.double() * 2**-10)
@@ -129,7 +141,12 @@ def test_what_cannot_be_rounded_is_refused(
     shapes: Any, rho: Tensor | None, gates: bool, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        rounded(*(torch.ones(*shape) for shape in shapes), rho, gates)
+        rounded(*(torch.ones(*shape) for shape in shapes), rho, gates, FP8)
+
+
+def test_a_dtype_that_is_not_of_eight_bits_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"dtype torch.int16 is not one of"):
+        rounded(torch.ones(3, 8), torch.ones(3, 2), None, False, torch.int16)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -154,7 +171,9 @@ def test_what_does_not_fit_is_refused(shape: tuple[int, int], rank: int, message
 def test_operations_keep_their_promises_to_the_compiler() -> None:
     x, projected, rank = inputs(torch.float32, SIZES[1])
     torch.library.opcheck(compiled.gated, (x, projected, rank, EPS))
-    torch.library.opcheck(rounded, (projected[:, :-rank], projected[:, -rank:], None, True))
+    for q in (FP8, torch.int8):
+        joined = (projected[:, :-rank], projected[:, -rank:], None, True, q)
+        torch.library.opcheck(rounded, joined)
     torch.library.opcheck(accumulate, (torch.ones(3, 5), torch.ones(3, 4), torch.ones(5, 4)))
 
 

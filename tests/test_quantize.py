@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import OTHER_CONFIGS, save_tiny
 from oldest import OLDEST
-from rounding import round_joined, round_rotations, widened
+from rounding import round_joined, round_joined_int8, round_rotations, widened
 from safetensors.torch import load_file, save_file
 from test_checkpoint import shard
 from test_four_bits import GROUP_SIZES, make_four_bits, make_sliced
@@ -137,7 +137,10 @@ def test_vllm_agrees_with_transformers_in_eight_bits(
 ) -> None:
     for name, directory in eight_bits.items():
         wide = widened(directory, tmp_path / name)
-        expected = greedy(wide, PROMPTS, 6, round_what_linears_read)
+        # Rotations join linears but where they are whole.
+        joined = partial(round_joined_int8, directory=directory)
+        alike = joined if name == "llama-tied" else round_what_linears_read
+        expected = greedy(wide, PROMPTS, 6, alike)
         exact = greedy(sliced[name], PROMPTS, 6)
         for ours, theirs, full in zip(served[name], expected, exact, strict=True):
             assert ours["tokens"] == theirs["tokens"], name
@@ -145,6 +148,10 @@ def test_vllm_agrees_with_transformers_in_eight_bits(
             assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=2e-2), name
             # It is the eight-bit weights that ran.
             assert ours["logprobs"][0] != pytest.approx(full["logprobs"][0], abs=1e-4), name
+        if name == "llama-tied":
+            apart = greedy(wide, PROMPTS, 1, round_what_linears_read)
+            for ours, other in zip(served[name], apart, strict=True):
+                assert ours["logprobs"][0] != pytest.approx(other["logprobs"][0], abs=1e-4)
 
 
 def test_rotations_join_linears_in_fp8(
@@ -185,14 +192,18 @@ def test_vllm_agrees_with_transformers_in_four_bits(
 
 
 def test_two_ranks_share_groups_and_rotations_and_add_biases_once(
-    served: dict[str, list[dict[str, Any]]], four_bits: dict[str, Path], fp8: Path
+    served: dict[str, list[dict[str, Any]]],
+    four_bits: dict[str, Path],
+    eight_bits: dict[str, Path],
+    fp8: Path,
 ) -> None:
-    models = {"llama": four_bits["llama"], "fp8": fp8}
-    variants = [{"dtype": "float16"}, {"dtype": "float32"}]
+    models = {"llama": four_bits["llama"], "fp8": fp8, "llama-tied": eight_bits["llama-tied"]}
+    variants = [{"dtype": "float16"}, {"dtype": "float32"}, {"dtype": "float32"}]
     options = EAGER | {"tensor_parallel_size": 2}
     results = generate_each(list(models.values()), PROMPTS, 1, options, variants)
-    # In fp8 each rank has scales of its own.
-    for (name, two), tolerance in zip(zip(models, results, strict=True), (1e-2, 0.3), strict=True):
+    # In eight bits each rank has scales of its own.
+    tolerances = (1e-2, 0.3, 0.1)
+    for (name, two), tolerance in zip(zip(models, results, strict=True), tolerances, strict=True):
         for alone, shared in zip(served[name], two, strict=True):
             assert shared["logprobs"] == pytest.approx(alone["logprobs"][:1], abs=tolerance)
 
