@@ -75,6 +75,7 @@ PARAMETERS = {
 PREFIX = "vllm:prefix_cache"
 GPU = "{{instance}} GPU {{gpu}}"
 MEMORY_SHARE = f"{by_gpu('memory_used_bytes')} / {by_gpu('memory_total_bytes')}"
+READY = of("sliceserve_ready")
 RESPONSES = "sliceserve_http_responses_total"
 # Probes, scrapes and the status page are not what clients ask for; the alert leaves them out too.
 ASKED = ',route!~"/livez|/readyz|/health|/metrics|/status.json|/"'
@@ -120,6 +121,12 @@ ROWS = {
         Panel("In the queue", "s", quantiles("sliceserve_queue_time_seconds")),
     ],
     "Admission": [
+        Panel(
+            "Replicas ready",
+            "short",
+            {"ready": f"sum({READY})", "scraped": f"count({READY})"},
+            "full, draining and failing ones are not, and get nothing from the Service",
+        ),
         Panel(
             "Answers by status",
             "reqps",

@@ -73,9 +73,9 @@ def test_what_is_let_in_is_shown_with_what_is_refused() -> None:
         for row in ("Admission", "GPUs")
     )
     shown = " ".join(target["expr"] for p in panels[start:end] for target in p.get("targets", []))
-    for series in ("running_requests", "queued_prompt_tokens", "rejected_total"):
+    for series in ("ready", "running_requests", "queued_prompt_tokens", "rejected_total"):
         assert f"sliceserve_{series}{{" in shown
-    assert {p["gridPos"]["w"] for p in panels[start + 1 : end]} == {8}
+    assert {p["gridPos"]["w"] for p in panels[start + 1 : end]} == {6}
 
 
 def test_the_sidecar_finds_the_board() -> None:

@@ -27,6 +27,7 @@ from helm_render import (
 
 from sliceserve.slicing.checkpoint import read_checkpoint_summary
 
+OCI = scenario(CHART / "ci" / "oci-values.yaml")
 PAPER = "--rotation dense --basis pca --refit none"
 
 
@@ -146,6 +147,60 @@ def test_failed_tries_stay_and_ray_has_room() -> None:
     assert sizes == {"server": "10Gi", "worker": "10Gi", "slice": "10Gi"}
 
 
+def test_an_eviction_is_no_failure_and_a_bad_value_is_no_case_for_another_try() -> None:
+    evicted = {
+        "action": "Ignore",
+        "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+    }
+    for values, ends in ((HUB, False), (HPA, True), (OCI, True)):
+        spec = slicing_job(values)["spec"]
+        # The first rule that matches counts, and whoever is evicted may end with 2 too.
+        first, *rest = spec["podFailurePolicy"]["rules"]
+        assert first == evicted
+        assert [rule["action"] for rule in rest] == ["FailJob"] * ends
+        for rule in rest:
+            names = [found["name"] for found in spec["template"]["spec"]["containers"]]
+            assert names == [rule["onExitCodes"]["containerName"]]
+            assert not rule["onPodConditions"], "Kubernetes takes one of both"
+        assert spec["template"]["spec"]["restartPolicy"] == "Never", "or Kubernetes refuses it"
+    downloads = slicing_job({"model": {"download": {"image": "tool:1"}}})
+    assert "podFailurePolicy" not in downloads["spec"]
+
+
+@pytest.mark.parametrize(
+    ("slicing", "sentence"),
+    [
+        ({"extraArgs": ["--sampels", "4"]}, "--sampels"),
+        ({"extraArgs": ["--rotation", "sparse"]}, "'sparse'"),
+        ({}, "MODEL '/model/llama' does not exist"),
+    ],
+)
+def test_what_cannot_be_used_ends_with_the_code_that_ends_the_job(
+    slicing: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    job = slicing_job(HPA | {"slice": slicing})
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    done = run_here(container, {"/checkpoints": str(tmp_path)})
+    assert sentence in done.stderr
+    _, rule = job["spec"]["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["operator"] == "In"
+    assert done.returncode in rule["onExitCodes"]["values"]
+    assert not any(tmp_path.iterdir())
+
+
+def run_here(
+    container: dict[str, Any], places: dict[str, str]
+) -> "subprocess.CompletedProcess[str]":
+    """A container's command with its paths replaced by those here."""
+    words = container["command"] + container["args"]
+    for before, after in places.items():
+        words = [word.replace(before, after) for word in words]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        words, capture_output=True, text=True, env=os.environ | {"PATH": path}, check=False
+    )
+
+
 def test_the_job_slices_once_and_for_all(tiny: Path, tmp_path: Path) -> None:
     """The rendered command, run here with the claim's directory moved."""
     values = {
@@ -153,17 +208,10 @@ def test_the_job_slices_once_and_for_all(tiny: Path, tmp_path: Path) -> None:
         "slice": {"gpus": 0, "extraArgs": f"--samples 4 --sequence-length 32 {PAPER}".split()},
     }
     (container,) = slicing_job(values)["spec"]["template"]["spec"]["containers"]
-    moved = [
-        word.replace("/checkpoints", str(tmp_path)).replace("/model/tiny", str(tiny))
-        for word in container["command"] + container["args"]
-    ]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    outputs = [
-        subprocess.run(
-            moved, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
-        ).stdout
-        for _ in range(2)
-    ]
+    places = {"/checkpoints": str(tmp_path), "/model/tiny": str(tiny)}
+    runs = [run_here(container, places) for _ in range(2)]
+    assert [run.returncode for run in runs] == [0, 0], runs
+    outputs = [run.stdout for run in runs]
     (directory,) = tmp_path.iterdir()
     summary = read_checkpoint_summary(directory)
     assert summary.slicing.widths[0] == 72

@@ -6,23 +6,31 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import helm_python
 import pytest
 import yaml
+from conftest import tiny_config
 from helm_render import (
     CHART,
+    HPA,
     HUB,
+    NODES,
     NOTES,
     REPOSITORY,
     of_kind,
+    pods,
     render,
     render_files,
     slicing_job,
+    with_values,
 )
 
 from sliceserve.server.serve import make_parser
+from sliceserve.slicing.arguments import make_parser as make_slicing_parser
+from sliceserve.slicing.cli import main
 
 
 def test_the_notes_commands_are_typed_one_after_the_other() -> None:
@@ -34,6 +42,73 @@ def test_the_notes_commands_are_typed_one_after_the_other() -> None:
     assert forward.endswith("svc/demo-sliceserve 8000:80")
     assert "another terminal" in another
     assert ask.strip().startswith("curl http://localhost:8000/")
+
+
+@pytest.mark.parametrize(
+    ("image", "server", "dockerfile"),
+    [
+        ({}, {}, "deploy/Dockerfile"),
+        ({"tag": "mine"}, {"gpuResource": ""}, "deploy/Dockerfile.cpu"),
+        ({"digest": f"sha256:{'0' * 64}"}, {}, "deploy/Dockerfile"),
+    ],
+)
+def test_who_names_no_image_is_told_how_to_make_one(
+    image: dict[str, str], server: dict[str, str], dockerfile: str
+) -> None:
+    """What is built is pushed, and is what pods run after the upgrade."""
+    values: dict[str, Any] = HUB | {"image": image, "server": server}
+    notes = render_files(values)[NOTES]
+    lines = [line.strip() for line in notes.splitlines()]
+    (build,) = (line.split() for line in lines if line.startswith("docker build"))
+    (push,) = (line.split() for line in lines if line.startswith("docker push"))
+    (upgrade,) = (line.split() for line in lines if line.startswith("helm upgrade demo"))
+    assert build[build.index("-f") + 1] == dockerfile
+    assert (REPOSITORY / dockerfile).is_file()
+    assert "published nowhere" in notes[: notes.index("docker build")]
+    for flag, expression in pairwise(upgrade):
+        if flag == "--set":
+            image = image | helm_python.parse_set_string(expression)["image"]
+    after = render(values | {"image": image})
+    images = {found["image"] for pod in pods(after) for found in pod["spec"]["containers"]}
+    assert images == {build[build.index("-t") + 1]} == set(push[2:])
+    assert upgrade[upgrade.index("-n") + 1] == "llm"
+    assert "docker" not in render_files(values | {"image": image})[NOTES]
+
+
+@pytest.mark.parametrize(
+    ("values", "model", "fractions"),
+    [
+        (with_values(HUB, "slice.fraction", 0.3), "owner/name", [0.3]),
+        (
+            NODES,
+            "meta-llama/Llama-2-70b-hf",
+            None,
+        ),  # a size is said, and plan has a fraction of its own
+        (HPA, "MODEL", [0.25]),
+    ],
+)
+def test_the_notes_plan_is_made(
+    values: dict[str, Any],
+    model: str,
+    fractions: list[float] | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The line as it is typed, and then with a model whose config is here."""
+    lines = [line.strip() for line in render_files(values)[NOTES].splitlines()]
+    (line,) = (line for line in lines if line.startswith("sliceserve "))
+    _, *words = shlex.split(line)
+    options = make_slicing_parser().parse_args(words)
+    assert (options.command, options.model, options.fraction) == ("plan", model, fractions)
+    assert options.gpu_memory == 40 * 2**30
+    config = tiny_config(architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    config.save_pretrained(tmp_path)
+    assert main([str(tmp_path) if word == model else word for word in words]) == 0
+    table = capsys.readouterr().out
+    for form in ("dense", *(f"{fraction:g} dense" for fraction in fractions or [0.25])):
+        (row,) = re.findall(rf"^{form} +bfloat16 .*", table, re.MULTILINE)
+        # It is tiny.
+        assert row.split()[-2:] == ["1", "1"]
 
 
 COMMANDS = [

@@ -8,20 +8,31 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
-from helm_render import BOARD, REPOSITORY
+from dockerfile_parse import DockerfileParser
+from helm_render import BOARD, CHART, REPOSITORY
 from test_rules import PROMTOOL, needs_promtool
 
 from sliceserve.server.serve import make_parser, parse_arguments
 
 DEPLOY = REPOSITORY / "deploy"
+DOCKERFILES = ["Dockerfile", "Dockerfile.cpu"]
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 GRAFANA = DEPLOY / "grafana" / "provisioning"
+UNIT = (DEPLOY / "sliceserve.service").read_text()
+SYSTEMD_ANALYZE = shutil.which("systemd-analyze")
+
+needs_systemd = pytest.mark.skipif(
+    SYSTEMD_ANALYZE is None, reason="no systemd-analyze: `apt-get install systemd` gives one"
+)
 
 
 def mounts(service: str) -> dict[str, str]:
@@ -31,7 +42,7 @@ def mounts(service: str) -> dict[str, str]:
     return {inside.removesuffix(":ro"): outside for outside, inside in parts}
 
 
-@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+@pytest.mark.parametrize("name", DOCKERFILES)
 def test_hadolint_has_nothing_to_say(name: str) -> None:
     hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
     assert hadolint
@@ -39,6 +50,102 @@ def test_hadolint_has_nothing_to_say(name: str) -> None:
         [hadolint, "--no-color", str(DEPLOY / name)], capture_output=True, text=True, check=False
     )
     assert (found.returncode, found.stdout) == (0, "")
+
+
+def parsed(name: str, **arguments: str) -> DockerfileParser:
+    """A Dockerfile; its labels are those of the last stage, with arguments filled in."""
+    content = BytesIO((DEPLOY / name).read_bytes())
+    return DockerfileParser(fileobj=content, build_args=arguments)
+
+
+@pytest.fixture(params=DOCKERFILES)
+def image(request: pytest.FixtureRequest) -> DockerfileParser:
+    return parsed(request.param, REVISION="0f1e2d")
+
+
+def last_stage(image: DockerfileParser) -> list[tuple[str, str]]:
+    """Instructions and what they are given."""
+    steps = [(step["instruction"], step["value"]) for step in image.structure]
+    start = max(n for n, (name, _) in enumerate(steps) if name == "FROM")
+    return [step for step in steps[start:] if step[0] != "COMMENT"]
+
+
+def test_an_image_says_what_it_is(image: DockerfileParser) -> None:
+    """And not what its base image is, which has labels of these names."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    labels = {name.rsplit(".", 1)[1]: value for name, value in image.labels.items()}
+    assert labels.pop("description")
+    assert labels == {
+        "title": project["name"],
+        "licenses": project["license"],
+        "version": project["version"],
+        "revision": "0f1e2d",
+    }
+    assert all(name.startswith("org.opencontainers.image.") for name in image.labels)
+    # Whatever comes after an argument is built anew for each of its values.
+    after = [name for name, _ in last_stage(image)]
+    assert after[after.index("ARG") :] == ["ARG", "ARG", "LABEL", "ENTRYPOINT", "CMD"]
+    for name in DOCKERFILES:
+        assert parsed(name).labels["org.opencontainers.image.revision"] == "unknown"
+
+
+def test_base_images_are_pinned_to_a_patch(image: DockerfileParser) -> None:
+    assert len(image.parent_images) == 2
+    for base in image.parent_images:
+        assert re.search(r":v?\d+\.\d+\.\d+(-[a-z-]+)?$", base), base
+
+
+def test_an_image_runs_as_nobody_in_particular_and_has_no_model(image: DockerfileParser) -> None:
+    steps = last_stage(image)
+    *_, user = (value for name, value in steps if name == "USER")
+    assert re.fullmatch(r"([1-9]\d*):([1-9]\d*)", user), "a number, as Kubernetes can tell"
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    assert user == ":".join(2 * [str(values["podSecurity"]["user"])])
+    # Nothing of the context but what has been built from it, and nothing that is fetched.
+    assert not any(name == "ADD" for name, _ in steps)
+    copied = [value.split() for name, value in steps if name == "COPY"]
+    assert all(words[0] == "--from=environment" and words[1:] == 2 * ["/venv"] for words in copied)
+    fetches = r"safetensors|gguf|hugging|hf_|snapshot|curl|wget|git clone|sliceserve slice"
+    assert not re.search(fetches, image.content.lower().partition("\nfrom ")[2])
+    (volume,) = (value for name, value in steps if name == "VOLUME")
+    made = [value for name, value in steps if name == "RUN" and volume in value.split()]
+    assert made == [f"install -d -o {user.split(':')[0]} -g {user.split(':')[1]} {volume}"]
+    assert (image.cmd, dict(steps)["ENTRYPOINT"]) == ('["--help"]', '["sliceserve"]')
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_an_image_is_healthy_while_the_server_lives(image: DockerfileParser, status: int) -> None:
+    """The check's own command, on a port where something answers; where there is a proxy, too."""
+    (check,) = (value for name, value in last_stage(image) if name == "HEALTHCHECK")
+    options, command = check.split("CMD ")
+    program, *arguments = json.loads(command)
+    assert (program, arguments[0]) == ("python3", "-c")
+    # A load of half an hour is none of its business; its patience is that of the chart's probe.
+    assert options.split() == ["--interval=15s", "--timeout=15s", "--start-period=40m"]
+    asked: list[str] = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        assert "8000" in dict(last_stage(image))["EXPOSE"]
+        code = arguments[1].replace("8000", str(server.server_port))
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            env={"http_proxy": "http://proxy.invalid:3128"},
+            check=False,
+        )
+        server.shutdown()
+    assert asked == ["/livez"]
+    assert (done.returncode == 0) == (status == 200)
 
 
 def test_the_compose_file_fits_its_schema() -> None:
@@ -82,7 +189,7 @@ def test_the_server_takes_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_unit_leaves_time_to_drain() -> None:
     unit = configparser.ConfigParser(strict=True, interpolation=None)
     unit.optionxform = str  # type: ignore[assignment, method-assign]
-    unit.read_string((DEPLOY / "sliceserve.service").read_text())
+    unit.read_string(UNIT)
     service = unit["Service"]
     program, command, *rest = shlex.split(service["ExecStart"])
     assert (Path(program).name, command) == ("sliceserve", "serve")
@@ -96,6 +203,51 @@ def test_the_unit_leaves_time_to_drain() -> None:
     limits = unit["Unit"]
     pauses = int(limits["StartLimitBurst"]) * int(service["RestartSec"])
     assert pauses < int(limits["StartLimitIntervalSec"])
+
+
+def systemd_analyze(*arguments: str, unit: str, directory: Path) -> tuple[int, list[str]]:
+    """The exit code, and what is said about the unit with the environment's own program."""
+    assert SYSTEMD_ANALYZE
+    path = directory / "sliceserve.service"
+    program = Path(sys.executable).with_name("sliceserve")
+    path.write_text(unit.replace("/opt/sliceserve/bin/sliceserve", str(program)))
+    done = subprocess.run(
+        [SYSTEMD_ANALYZE, *arguments, str(path)], capture_output=True, text=True, check=False
+    )
+    return done.returncode, [line for line in done.stderr.splitlines() if path.name in line]
+
+
+@needs_systemd
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    assert systemd_analyze("verify", "--man=no", unit=UNIT, directory=tmp_path) == (0, [])
+
+
+@needs_systemd
+@pytest.mark.parametrize(
+    ("right", "wrong", "complaint"),
+    [
+        ("KillMode=mixed", "KillMod=mixed", "Unknown key"),
+        ("Restart=on-failure", "Restart=on-failing", "Failed to parse"),
+        ("TimeoutStopSec=160", "TimeoutStopSec=160 parsecs", "Failed to parse"),
+        ("/opt/sliceserve/bin/", "/opt/sliceserve/", "is not executable"),
+    ],
+)
+def test_systemd_says_what_is_wrong_with_a_unit(
+    right: str, wrong: str, complaint: str, tmp_path: Path
+) -> None:
+    assert UNIT.count(right) == 1
+    broken = UNIT.replace(right, wrong)
+    _, (said, *_) = systemd_analyze("verify", "--man=no", unit=broken, directory=tmp_path)
+    assert complaint in said
+
+
+@needs_systemd
+def test_the_unit_leaves_the_server_little_of_the_machine(tmp_path: Path) -> None:
+    """In tenths of systemd's measure of exposure, which is 10 at most."""
+    judge = ("security", "--offline=yes", "--threshold=60")
+    assert systemd_analyze(*judge, unit=UNIT, directory=tmp_path)[0] == 0
+    bare = re.sub(r"(?m)^(No|Protect|Private|Restrict|Capability).*\n", "", UNIT)
+    assert systemd_analyze(*judge, unit=bare, directory=tmp_path)[0] == 1
 
 
 @needs_promtool

@@ -23,6 +23,11 @@ needs_promtool = pytest.mark.skipif(
 )
 
 UP = f"up{{{POD}}}"
+READY = f'sliceserve_ready{{{POD},model_name="llama-2-70b"}}'
+SECOND_READY, OTHERS_READY = (
+    READY.replace(POD, f'namespace="llm",pod="{pod}"')
+    for pod in ("demo-sliceserve-5d9c7b-9rr5k", "another-5d9c7b-x2x4z")
+)
 # Of another release: a series, so that there is a time at which to ask.
 ANOTHER = {'up{namespace="llm",pod="another-5d9c7b-x2x4z"}': "1x2000"}
 
@@ -35,12 +40,23 @@ CASES: dict[str, tuple[dict[str, str], ...]] = {
         {UP: "0x2000"},
     ),
     # A pod that is gone has no series.
-    "SliceserveNoReplicaReady": (
+    "SliceserveNoReplicaUp": (
         {UP: "1x38 0x2", **ANOTHER},
         {UP: "1x2000"},
         {UP: "0x2000"},
         {UP: "1x44 0x2000"},
         ANOTHER,
+    ),
+    "SliceserveNoReplicaReady": (
+        # Full, and of another release is no help.
+        {UP: "1x2000", READY: "1x30 0x2000", OTHERS_READY: "1x2000"},
+        {UP: "1x2000", READY: "1x2000"},
+        # One of two is full.
+        {READY: "0x2000", SECOND_READY: "1x2000"},
+        # For a moment, or a rollout's drain.
+        {UP: "1x2000", READY: "1x40 0x2000"},
+        # Full, and then gone: that is the alert above.
+        {UP: "1x38 0x2", READY: "0x38 _x2", **ANOTHER},
     ),
     "SliceserveNoReplicaYet": (
         {UP: "0x2000"},

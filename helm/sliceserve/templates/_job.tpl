@@ -2,6 +2,27 @@
 {{- define "sliceserve.jobSpec" -}}
 {{- $source := include "sliceserve.source" . -}}
 backoffLimit: {{ .Values.slice.backoffLimit }}
+{{- /* Kubernetes refuses it beside OnFailure. */}}
+{{- if empty .Values.model.download.image }}
+podFailurePolicy:
+  rules:
+    # First, since a slice that is told to stop ends with 2 as well: one that is evicted has not failed.
+    - action: Ignore
+      onPodConditions:
+        - type: DisruptionTarget
+          status: "True"
+    {{- /* Of the hub, 2 may also say that it did not answer. */}}
+    {{- if empty .Values.model.hub }}
+    # What is wrong with an argument is wrong the next time too.
+    - action: FailJob
+      onExitCodes:
+        containerName: slice
+        operator: In
+        values: [2]
+      # Nothing, but the schema of Kubernetes 1.28 requires it.
+      onPodConditions: []
+    {{- end }}
+{{- end }}
 template:
   metadata:
     labels:
