@@ -1,55 +1,111 @@
-"""What the users of load.py do: whole answers, streams, and streams that are left early."""
+"""What the users of load.py do: whole answers, streams, streams that are left, refused requests."""
+
+import json
+from argparse import ArgumentParser
+from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from locust import HttpUser, task
+from locust import HttpUser, events, task
+from locust.env import Environment
+from serving import KEY, NAME
 
-HEADERS = {"Authorization": "Bearer load"}
+ROUTE = "/v1/completions"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
 RANDOM = np.random.default_rng(0)
+TOO_MANY = 1000  # sequences of a request
+TOTALS: Counter[str] = Counter()
+
+
+@events.init_command_line_parser.add_listener
+def add_option(parser: ArgumentParser) -> None:
+    parser.add_argument("--totals", type=Path, help="file for what the users sent and got")
+
+
+@events.request.add_listener
+def count_failure(exception: object, **_: object) -> None:
+    TOTALS["failures"] += exception is not None
+
+
+@events.quitting.add_listener
+def tell(environment: Environment, **_: object) -> None:
+    environment.parsed_options.totals.write_text(json.dumps(TOTALS))
 
 
 class Reader(HttpUser):
-    """Sends one request after the other; a third of them is left after the first tokens."""
-
-    def body(self, shortest: int, stream: bool) -> dict[str, object]:
-        """Return a request of some length, for an answer of at least `shortest` tokens."""
-        prompt = RANDOM.integers(200, size=RANDOM.integers(1, 201)).tolist()
-        return {
-            "model": "load",
-            "prompt": prompt,
-            "max_tokens": int(RANDOM.integers(shortest, 201)),
-            "ignore_eos": True,
-            "stream": stream,
-        }
+    """Sends one request after the other; a quarter of them is left after the first tokens."""
 
     @task
     def whole(self) -> None:
         """Ask for an answer in one piece."""
-        self.client.post("/v1/completions", json=self.body(1, False), headers=HEADERS, name="whole")
+        body = self._body(1, stream=False)
+        with self._post(body, "whole") as answer:
+            self._check(answer, answer.json().get("usage"), body, "whole")
 
     @task
     def stream(self) -> None:
         """Read a stream to its end."""
-        self._read(0, 1, "stream")
+        body = self._body(1, stream=True)
+        with self._post(body, "stream") as answer:
+            lines = list(filter(None, answer.iter_lines()))
+            usage = None
+            if lines[-1:] == [b"data: [DONE]"]:
+                usage = json.loads(lines[-2].removeprefix(b"data: ")).get("usage")
+            self._check(answer, usage, body, "stream")
 
     @task
     def left(self) -> None:
         """Leave a stream after some tokens."""
-        self._read(int(RANDOM.integers(1, 21)), 100, "left")
-
-    def _read(self, most: int, shortest: int, name: str) -> None:
-        with self.client.post(
-            "/v1/completions",
-            json=self.body(shortest, True),
-            headers=HEADERS,
-            name=name,
-            stream=True,
-            catch_response=True,
-        ) as answer:
-            last = b""
-            for number, line in enumerate(filter(None, answer.iter_lines()), 1):
-                last = line
-                if number == most:
+        body, most = self._body(100, stream=True), int(RANDOM.integers(1, 21))
+        with self._post(body, "left") as answer:
+            events_read = 0
+            for line in filter(None, answer.iter_lines()):
+                if line == b"data: [DONE]":  # many tokens may come in one event
                     break
-            if not most and last != b"data: [DONE]":
-                answer.failure(f"the stream ended with {last!r}")
+                if not line.startswith(b'data: {"id"'):
+                    answer.failure(f"the stream had {line!r}")
+                    return
+                events_read += 1
+                if events_read == most:
+                    break
             answer.close()
+        TOTALS.update(
+            left=1,
+            prompt_tokens=len(body["prompt"]),
+            left_at_least=events_read,
+            left_at_most=body["max_tokens"],
+        )
+
+    @task
+    def refused(self) -> None:
+        """Ask for more than the server allows."""
+        with self._post(self._body(1, stream=False) | {"n": TOO_MANY}, "refused") as answer:
+            if answer.status_code == 400:
+                answer.success()
+                TOTALS["refused"] += 1
+
+    def _body(self, shortest: int, *, stream: bool) -> dict[str, Any]:
+        """Return a request of some length, for an answer of at least `shortest` tokens."""
+        body = {
+            "model": NAME,
+            "prompt": RANDOM.integers(200, size=RANDOM.integers(1, 201)).tolist(),
+            "max_tokens": int(RANDOM.integers(shortest, 201)),
+            "ignore_eos": True,
+            "stream": stream,
+        }
+        return body | ({"stream_options": {"include_usage": True}} if stream else {})
+
+    def _post(self, body: dict[str, Any], name: str) -> Any:
+        return self.client.post(
+            ROUTE, json=body, headers=HEADERS, name=name, stream=True, catch_response=True
+        )
+
+    def _check(self, answer: Any, usage: Any, body: dict[str, Any], name: str) -> None:
+        """Count an answer whose usage is what was asked for, else a failure."""
+        wanted = (len(body["prompt"]), body["max_tokens"])
+        found = usage and (usage["prompt_tokens"], usage["completion_tokens"])
+        if found != wanted:
+            answer.failure(f"{answer.status_code}: tokens {found}, not {wanted}")
+            return
+        TOTALS.update({name: 1, "prompt_tokens": wanted[0], "tokens": wanted[1]})

@@ -31,7 +31,8 @@ def open_access_log(destination: str) -> Callable[[Exchange], None]:
     """Return what writes an exchange as one line.
 
     A line that cannot be written, on a full disk for instance, is lost and its request is not
-    disturbed; the server's log says so once until a line can be written again.
+    disturbed; the server's log says so once until a line can be written again. A part of it may be
+    there, on a line of its own.
 
     Args:
         destination: stdout, stderr, off, or the name of a file that lines are added to.
@@ -50,22 +51,43 @@ def open_access_log(destination: str) -> Callable[[Exchange], None]:
             descriptor = os.open(destination, flags, 0o640)
         except OSError as error:
             raise UserError(f"--access-log {destination!r}: {error.strerror}") from error
-    broken = threading.Event()
+    writer = _Writer(descriptor)
 
     def write(exchange: Exchange) -> None:
-        if exchange.route in _NOT_WHEN_FINE and exchange.status == 200:
-            return
-        try:
-            # One call a line, past the buffers of sys.stdout, which would keep what fails.
-            os.write(descriptor, as_line(exchange))
-        except OSError as error:
-            if not broken.is_set():
-                _logger.warning("The access log loses lines: %s", error.strerror)
-            broken.set()
-        else:
-            broken.clear()
+        if exchange.route not in _NOT_WHEN_FINE or exchange.status != 200:
+            writer.write(as_line(exchange))
 
     return write
+
+
+class _Writer:
+    """Writes whole lines past the buffers of sys.stdout, which would keep what fails."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._broken = self._torn = False
+        # The listeners of the start and of what follows have threads of their own.
+        self._lock = threading.Lock()
+
+    def write(self, line: bytes) -> None:
+        """Write a line, in one call but where only a part of it is taken."""
+        with self._lock:
+            try:
+                self._write_all(line)
+            except OSError as error:
+                if not self._broken:
+                    _logger.warning("The access log loses lines: %s", error.strerror)
+                self._broken = True
+            else:
+                self._broken = False
+
+    def _write_all(self, line: bytes) -> None:
+        # What is left of a line that was lost must not spoil the next one.
+        rest = b"\n" + line if self._torn else line
+        while rest:
+            written = os.write(self._descriptor, rest)
+            rest = rest[written:]
+            self._torn = bool(rest)
 
 
 def as_line(exchange: Exchange) -> bytes:

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 STOP_CHARACTERS = 1024  # of one stop string: the API process looks for it after every token
 EXPRESSION_CHARACTERS = 16384  # of a request: the API process compiles them before anything else
 
-# Where a request of one of the APIs that vLLM serves has strings that end an answer, what the
-# answer has to look like, regular expressions therein, and how many tokens it wants at most.
-_STOPS = ("stop", "stop_sequences")
+# Where a request of one of the APIs that vLLM serves has strings or tokens that end an answer, what
+# the answer has to look like, regular expressions therein, and how many tokens it wants at most.
+_STOPS = ("stop", "stop_sequences", "stop_token_ids")
 _FORMS = ("response_format", "structured_outputs", "tools", "text", "output_config")
 _EXPRESSIONS = ("pattern", "regex")
 _AS_TEXT = ("json", "structural_tag")
@@ -29,7 +29,7 @@ class Bounds:
     Attributes:
         sequences: prompts times completions of each.
         output_tokens: tokens of one completion.
-        stops: strings that end it.
+        stops: strings, or tokens, that end it.
 
     """
 
@@ -72,7 +72,7 @@ def find_excess(given: dict[str, Any], bounds: Bounds) -> Excess | None:
             stops = asked.get(name)
             if isinstance(stops, list) and len(stops) > bounds.stops:
                 return Excess(
-                    name, f"{name} has {len(stops)} strings, and {bounds.stops} are allowed."
+                    name, f"{name} has {len(stops)} entries, and {bounds.stops} are allowed."
                 )
             texts = stops if isinstance(stops, list) else [stops]
             longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
@@ -116,10 +116,10 @@ def _prompts(given: dict[str, Any]) -> tuple[str, int]:
     They are texts, lists of tokens, conversations, or items to score.
     """
     counts = {"prompt": 1}
-    for name, one in (("prompt", (str, list)), ("messages", list), ("items", (str, list))):
+    for name, one in (("prompt", {str, list}), ("messages", {list}), ("items", {str, list})):
         value = given.get(name)
         if isinstance(value, list):
-            counts[name] = max(1, sum(isinstance(part, one) for part in value))
+            counts[name] = max(1, sum(map(one.__contains__, map(type, value))))
     return max(counts.items(), key=lambda count: count[1])
 
 

@@ -6,12 +6,12 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from sliceserve.server.responses import Answer, error_response, nothing, unavailable
+from sliceserve.server.responses import error_response, shared_answer, unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
-
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from sliceserve.server.responses import Answer
 
 LAST_WORDS_S = 5.0
 
@@ -42,7 +42,7 @@ class Deadline:
             await self.app(scope, receive, send)
             return
         end = asyncio.get_running_loop().time() + self._seconds
-        answer = Answer(send)
+        answer = shared_answer(scope, send)
         expired = False
 
         async def limited_receive() -> Message:
@@ -57,24 +57,23 @@ class Deadline:
                         self._waiting.discard(limit)
             except TimeoutError:
                 expired = limit.expired() and not answer.ended
+                if expired:
+                    answer.cut()
                 return {"type": "http.disconnect"}
             finally:
                 # A stream that has ended cancels this. The error then holds this frame, which
                 # would hold the task, which holds the error: with the request, until a collection.
                 del limit
 
-        def limited_send(message: Message) -> Awaitable[None]:
-            return nothing() if expired else answer.send(message)
-
-        await self.app(scope, limited_receive, limited_send)
+        await self.app(scope, limited_receive, answer.send)
         if not expired:
             return
         # A client that reads nothing must not keep the request's place.
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS_S):
-                await self._end(answer, scope, receive, send)
+                await self._end(answer, scope, receive)
 
-    async def _end(self, answer: Answer, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _end(self, answer: Answer, scope: Scope, receive: Receive) -> None:
         if self._cut:
             status, kind = 503, "ServiceUnavailableError"
             text = "The server is shutting down, and the request was not answered in time."
@@ -87,4 +86,4 @@ class Deadline:
         if answer.begun:
             await answer.end_stream(status, kind, text)
         else:
-            await refusal(scope, receive, send)
+            await refusal(scope, receive, answer.send_instead)

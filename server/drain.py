@@ -5,7 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from sliceserve.server.exchange import Refusal, note_refusal
+from sliceserve.server.exchange import (
+    Outcome,
+    Refusal,
+    exchange_of,
+    note_refusal,
+    outcome_of,
+)
 from sliceserve.server.health import Lifecycle, Phase
 from sliceserve.server.responses import unavailable
 from sliceserve.server.status_page import STATUS
@@ -25,9 +31,23 @@ class Drain:
     ``/metrics`` and the status are neither counted nor refused, so that a drain can be watched.
     """
 
-    def __init__(self, app: ASGIApp, lifecycle: Lifecycle, cut: Callable[[], None]) -> None:
-        """Wrap the application; `cut` ends what runs in it, in good order."""
-        self.app, self._lifecycle, self.cut = app, lifecycle, cut
+    def __init__(
+        self,
+        app: ASGIApp,
+        lifecycle: Lifecycle,
+        cut: Callable[[], None],
+        report: Callable[[Outcome], None] = lambda _outcome: None,
+    ) -> None:
+        """Wrap the application.
+
+        Args:
+            app: what answers.
+            lifecycle: tells when the server begins to leave.
+            cut: ends what runs in the application, in good order.
+            report: takes how each request ended that was running then.
+
+        """
+        self.app, self._lifecycle, self.cut, self._report = app, lifecycle, cut, report
         self.running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -37,7 +57,7 @@ class Drain:
         if scope["type"] == "lifespan" or scope["path"] in _WATCHED:
             await self.app(scope, receive, send)
             return
-        if self._lifecycle.phase is Phase.DRAINING:
+        if self._lifecycle.phase is not Phase.SERVING:
             note_refusal(scope, Refusal.DRAINING)
             await unavailable("The server is shutting down; try again.")(scope, receive, send)
             return
@@ -47,6 +67,9 @@ class Drain:
             await self.app(scope, receive, send)
         finally:
             self.running -= 1
+            exchange = exchange_of(scope)
+            if self._lifecycle.phase is not Phase.SERVING and exchange is not None:
+                self._report(outcome_of(exchange))
             if not self.running:
                 self._idle.set()
 

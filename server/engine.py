@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from sliceserve.server.live import LiveFigures
     from sliceserve.server.metrics import ServerMetrics
     from sliceserve.server.queued import TokenQueue
+
+
+# Seconds within which an engine that dies is found out by who waits for its answer.
+DEATH_INTERVAL_S = 0.5
 
 
 class NoRoomError(VLLMValidationError):  # type: ignore[misc]
@@ -42,8 +47,15 @@ class Engine(AsyncLLM):  # type: ignore[misc]
 
         The loop answers between two steps of the model, so a step that hangs is noticed.
         """
-        await self.check_health()
-        await self.is_sleeping()
+        question = asyncio.ensure_future(self.is_sleeping())
+        try:
+            # Of an engine that dies meanwhile the question would never have an answer.
+            while not question.done():
+                await self.check_health()
+                await asyncio.wait([question], timeout=DEATH_INTERVAL_S)
+        finally:
+            question.cancel()
+        await question
 
     def queued_tokens(self) -> int:
         """Return the tokens of prompts, one for each answer, that have no first token yet."""

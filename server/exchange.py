@@ -8,6 +8,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from enum import StrEnum
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from sliceserve.server.usage import work_of, working
@@ -39,6 +40,14 @@ class Refusal(StrEnum):
     KEY_FULL = "key_full"
     KEY_REQUESTS = "key_requests_per_minute"
     KEY_TOKENS = "key_tokens_per_minute"
+
+
+class Outcome(StrEnum):
+    """How a request ended that was running when the server began to leave; a label's values."""
+
+    FINISHED = "finished"
+    CUT = "cut"
+    LEFT = "left"
 
 
 @dataclass
@@ -86,6 +95,14 @@ class Exchange:
         if self.prompt_tokens is None or self.generation_tokens is None:
             return self.chunks
         return self.prompt_tokens + self.generation_tokens
+
+
+def outcome_of(exchange: Exchange) -> Outcome:
+    """Return how it ended: cut is what has an error of the server's for an answer, or in it."""
+    if exchange.disconnected:
+        return Outcome.LEFT
+    status = exchange.failed or exchange.status or HTTPStatus.INTERNAL_SERVER_ERROR
+    return Outcome.CUT if status >= HTTPStatus.INTERNAL_SERVER_ERROR else Outcome.FINISHED
 
 
 def exchange_of(scope: Scope) -> Exchange | None:
@@ -154,16 +171,17 @@ class Watch:
 
         def watched_send(message: Message) -> Awaitable[None]:
             nonlocal ended
-            if message["type"] == "http.response.start":
+            if message["type"] == "http.response.body":
+                if not exchange.chunks:
+                    exchange.first_byte_seconds = time.monotonic() - began
+                exchange.chunks += 1
+                if not message.get("more_body", False):
+                    ended = True
+                if message.get("body", b"").startswith(_ERROR_EVENTS):
+                    exchange.failed = _code_of(message["body"])
+            elif message["type"] == "http.response.start":
                 exchange.status = message["status"]
                 message["headers"] = _named(message.get("headers", ()), exchange.id)
-            elif message["type"] == "http.response.body":
-                exchange.chunks += 1
-                if exchange.first_byte_seconds is None:
-                    exchange.first_byte_seconds = time.monotonic() - began
-                ended = not message.get("more_body", False)
-                if (body := message.get("body", b"")).startswith(_ERROR_EVENTS):
-                    exchange.failed = _code_of(body)
             return send(message)
 
         try:

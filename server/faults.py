@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from sliceserve.server.exchange import exchange_of
-from sliceserve.server.responses import Answer, error_response, nothing
+from sliceserve.server.responses import ERROR, error_response, shared_answer
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
-
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 _logger = logging.getLogger("vllm.sliceserve.faults")
-ERROR = 500
 # What input can cause; templates raise the last.
 STUMBLES = (
     ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError,
@@ -43,35 +40,30 @@ class Faults:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answer = Answer(send)
-        # The application's own 500 comes before the exception that says what it is about.
-        held: list[Message] = []
-
-        def holding(message: Message) -> Awaitable[None]:
-            if held or message.get("status") == ERROR:
-                held.append(message)
-                return nothing()
-            return answer.send(message)
-
+        answer = shared_answer(scope, send)
         try:
-            await self.app(scope, receive, holding)
+            await self.app(scope, receive, answer.send)
         except Exception as error:
             exchange = exchange_of(scope)
             name = exchange.id if exchange is not None else "without an id"
-            if not answer.begun and self._stumbled(error):
+            if not answer.begun and not answer.was_cut and self._stumbled(error):
                 _logger.warning("Request %s cannot be read.", name, exc_info=True)
                 text = "The request has an input that the model or this server cannot take."
-                await error_response(400, "BadRequestError", text)(scope, receive, send)
+                refusal = error_response(400, "BadRequestError", text)
+                await refusal(scope, receive, answer.send_instead)
                 return
             _logger.exception("Request %s failed.", name)
+            if answer.was_cut:
+                return
             text = f"The request failed; the server's log says why of request {name}."
             if not answer.begun:
-                await error_response(ERROR, _KIND, text)(scope, receive, send)
+                await error_response(ERROR, _KIND, text)(scope, receive, answer.send_instead)
             elif not answer.ended and not await answer.end_stream(ERROR, _KIND, text):
                 raise
             return
-        for message in held:
-            await answer.send(message)
+        if not answer.was_cut:
+            for message in answer.held:
+                await answer.send_instead(message)
 
     def _stumbled(self, error: Exception) -> bool:
         """Whether the error comes from where requests are read, or from what that calls."""

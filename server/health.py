@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import JSONResponse
@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 
 LIVEZ = "/livez"
 READYZ = "/readyz"
+OVERLOADED = "overloaded"
 
 
-class Phase(Enum):
+class Phase(StrEnum):
     """Where the server is in its life."""
 
     STARTING = "starting"
     SERVING = "serving"
     DRAINING = "draining"
+    FAILING = "failing"  # it ends because the engine hangs, or did not start in time
 
 
 @dataclass
@@ -67,9 +69,13 @@ class EngineProbe:
         self._ask, self._timeout = ask, timeout
         self._question: asyncio.Future[object] | None = None
         self._asked = 0.0
+        self.problem: str | None = None
 
     async def check(self) -> str | None:
-        """Return None once the engine answers, or what is wrong with it within the timeout."""
+        """Return None once the engine answers, or what is wrong with it within the timeout.
+
+        `problem` keeps it until the next check.
+        """
         if self._question is None or self._question.done():
             self._question = asyncio.ensure_future(self._ask())
             self._asked = time.monotonic()
@@ -77,10 +83,13 @@ class EngineProbe:
         # Not wait_for, which would cancel the question for the other callers.
         await asyncio.wait([question], timeout=self._left())
         if not question.done():
-            return f"the engine has not answered for {time.monotonic() - self._asked:.1f} s"
-        if question.cancelled() or question.exception() is not None:
-            return "the engine is dead"
-        return None
+            seconds = time.monotonic() - self._asked
+            self.problem = f"the engine has not answered for {seconds:.1f} s"
+        elif question.cancelled() or question.exception() is not None:
+            self.problem = "the engine is dead"
+        else:
+            self.problem = None
+        return self.problem
 
     async def wait_until_hung(self, seconds: float) -> None:
         """Return once a question has had no answer for as long; a dead engine is none that hangs.
@@ -98,27 +107,37 @@ class EngineProbe:
         return max(0.0, self._asked + self._timeout - time.monotonic())
 
 
+@dataclass(frozen=True)
+class Readiness:
+    """Whether the server takes requests: what `/readyz` and the gauge say.
+
+    Attributes:
+        lifecycle: the server's phase.
+        probe: of the engine, once there is one; used only while serving.
+        overloaded: whether new requests would be refused for want of room.
+
+    """
+
+    lifecycle: Lifecycle
+    probe: EngineProbe | None = None
+    overloaded: Callable[[], bool] = lambda: False
+
+    def obstacle(self) -> str | None:
+        """Return the status that stands in the way, by the engine's last answer; None if ready."""
+        phase = self.lifecycle.phase
+        if phase is not Phase.SERVING:
+            return phase.value
+        if self.probe is not None and self.probe.problem is not None:
+            return Phase.FAILING.value
+        return OVERLOADED if self.overloaded() else None
+
+
 class Health:
     """ASGI layer that answers the two routes and passes everything else on."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        lifecycle: Lifecycle,
-        probe: EngineProbe | None = None,
-        overloaded: Callable[[], bool] | None = None,
-    ) -> None:
-        """Wrap the application.
-
-        Args:
-            app: what answers all other routes.
-            lifecycle: the server's phase.
-            probe: of the engine, once there is one; used only while serving.
-            overloaded: whether new requests would be refused for want of room.
-
-        """
-        self.app, self._lifecycle = app, lifecycle
-        self._probe, self._overloaded = probe, overloaded
+    def __init__(self, app: ASGIApp, readiness: Readiness) -> None:
+        """Wrap the application, which answers all other routes."""
+        self.app, self._readiness = app, readiness
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a probe, or pass the request on."""
@@ -133,15 +152,19 @@ class Health:
             await self.app(scope, receive, send)
 
     async def _answer(self, path: str) -> JSONResponse:
-        state = self._lifecycle.describe()
-        serving = self._lifecycle.phase is Phase.SERVING
+        lifecycle, probe = self._readiness.lifecycle, self._readiness.probe
         # While it starts or drains, the engine answers no questions; both have an end.
-        problem = await self._probe.check() if serving and self._probe else None
-        if problem is not None:
-            state |= {"status": "failing", "step": problem}
-        elif serving and path == READYZ and self._overloaded and self._overloaded():
-            state["status"] = problem = "overloaded"
-        healthy = problem is None and (serving or path == LIVEZ)
+        if lifecycle.phase is Phase.SERVING and probe is not None:
+            await probe.check()
+        state = lifecycle.describe()
+        serving = lifecycle.phase is Phase.SERVING
+        obstacle = self._readiness.obstacle()
+        failing = obstacle == Phase.FAILING.value
+        if serving and failing and probe is not None:
+            state |= {"status": obstacle, "step": probe.problem}
+        elif serving and obstacle is not None and path == READYZ:
+            state["status"] = obstacle
+        healthy = not failing if path == LIVEZ else obstacle is None
         headers = {"Cache-Control": "no-store"}
         if not healthy:
             headers["Retry-After"] = str(RETRY_AFTER_S)

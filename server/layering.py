@@ -16,7 +16,7 @@ from sliceserve.server.deadline import Deadline
 from sliceserve.server.drain import METRICS, Drain
 from sliceserve.server.exchange import Exchange, Watch
 from sliceserve.server.faults import Faults
-from sliceserve.server.health import LIVEZ, READYZ, EngineProbe, Health, Lifecycle
+from sliceserve.server.health import LIVEZ, READYZ, EngineProbe, Health, Lifecycle, Readiness
 from sliceserve.server.metrics import Refreshing, ServerMetrics
 from sliceserve.server.per_key import KeyLimits, PerKey
 from sliceserve.server.queued import QueueLimit
@@ -56,7 +56,7 @@ def while_starting(
     access: Access, lifecycle: Lifecycle, log: Callable[[Exchange], None]
 ) -> ASGIApp:
     """Return what answers until there is an engine."""
-    return Watch(guarded(still_starting, access, lifecycle), OWN_PATHS, log)
+    return Watch(guarded(still_starting, access, Readiness(lifecycle)), OWN_PATHS, log)
 
 
 def while_serving(
@@ -88,26 +88,27 @@ def while_serving(
     queue = engine.queue
     deadline = _bounded(app if queue is None else QueueLimit(app, queue), settings)
     admission = Admission(deadline, _limits(settings))
-    drain = Drain(PerKey(admission, _key_limits(settings)), lifecycle, deadline.cut)
-    current = Refreshing(drain, lambda: metrics.refresh(admission.running, engine.queued_tokens()))
+    drain = Drain(
+        PerKey(admission, _key_limits(settings)), lifecycle, deadline.cut, metrics.count_drained
+    )
 
     def overloaded() -> bool:
         return admission.full or (queue is not None and queue.full)
 
-    serving = guarded(current, access, lifecycle, probe, overloaded)
+    readiness = Readiness(lifecycle, probe, overloaded)
+
+    def refresh() -> None:
+        ready = readiness.obstacle() is None
+        metrics.refresh(admission.running, engine.queued_tokens(), ready=ready)
+
+    serving = guarded(Refreshing(drain, refresh), access, readiness)
     routes = known_paths(app)
     if traces:
         serving = traced(serving, routes)
     return Watch(serving, routes, metrics.count_response, log), drain
 
 
-def guarded(
-    app: ASGIApp,
-    access: Access,
-    lifecycle: Lifecycle,
-    probe: EngineProbe | None = None,
-    overloaded: Callable[[], bool] | None = None,
-) -> ASGIApp:
+def guarded(app: ASGIApp, access: Access, readiness: Readiness) -> ASGIApp:
     """Return the application behind what is open to all and, if there are keys, behind them.
 
     Browsers show a page of another origin our refusals too, if they let it in.
@@ -115,7 +116,7 @@ def guarded(
     if access.keys:
         app = Auth(app, access.keys, access.public)
     page = StatusPage(app, keyed=bool(access.keys))
-    health = Health(page, lifecycle, probe, overloaded)
+    health = Health(page, readiness)
     return CORSMiddleware(health, **access.cross_origin) if access.cross_origin else health
 
 

@@ -83,7 +83,7 @@ async def run_until_signal(
             left = await drain.wait(drain_timeout, hurry, hopeless)
         elif hanging.done():
             left = drain.running
-            lifecycle.enter(Phase.DRAINING, "the engine hangs")
+            lifecycle.enter(Phase.FAILING, "the engine hangs")
             _logger.error("The engine hangs.")
         else:
             left = drain.running

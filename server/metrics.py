@@ -13,7 +13,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from sliceserve.server.drain import METRICS
-from sliceserve.server.exchange import Refusal
+from sliceserve.server.exchange import Outcome, Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,6 +92,9 @@ class ServerMetrics:
             "Share of NVML's last sample period in which a kernel ran on the GPU.",
             "gpu",
         )
+        self._ready = gauge(
+            "sliceserve_ready", "1 while /readyz answers 200, else 0, by the engine's last answer."
+        ).labels(model_name)
         self._running = gauge(
             "sliceserve_running_requests",
             "Requests let in and not over, of those that --max-requests counts.",
@@ -120,6 +123,14 @@ class ServerMetrics:
         )
         for reason in Refusal:
             self._rejected.labels(model_name, reason)
+        self._drained = Counter(
+            "sliceserve_drained_requests",
+            "HTTP requests that ran when the server began to leave, by how they ended.",
+            ["model_name", "outcome"],
+            registry=registry,
+        )
+        for outcome in Outcome:
+            self._drained.labels(model_name, outcome)
         self._request_latency = histogram(
             "sliceserve_request_latency_seconds",
             "Seconds from a request's arrival to its last token.",
@@ -166,6 +177,10 @@ class ServerMetrics:
         if exchange.refused is not None:
             self._rejected.labels(self._model_name, exchange.refused).inc()
 
+    def count_drained(self, outcome: Outcome) -> None:
+        """Add one HTTP request that was running when the server began to leave."""
+        self._drained.labels(self._model_name, outcome).inc()
+
     def set_gpu_readings(self, readings: dict[str, GpuReading]) -> None:
         """Set what the GPUs tell, by their names."""
         for gpu, reading in readings.items():
@@ -174,17 +189,19 @@ class ServerMetrics:
             self._gpu_memory_total.labels(*labels).set(reading.memory_total)
             self._gpu_utilization.labels(*labels).set(reading.utilization)
 
-    def refresh(self, running: int, queued_tokens: int) -> None:
+    def refresh(self, running: int, queued_tokens: int, *, ready: bool) -> None:
         """Bring the series that no event changes up to date.
 
         Args:
             running: requests let in and not over.
             queued_tokens: of prompts that have no first token yet.
+            ready: whether `/readyz` answers 200.
 
         """
         now = self._clock()
         self._gpu_seconds.inc(self._gpu_count * (now - self._counted_until))
         self._counted_until = now
+        self._ready.set(ready)
         self._running.set(running)
         self._queued_tokens.set(queued_tokens)
 

@@ -11,19 +11,34 @@ from starlette.responses import JSONResponse
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping
 
-    from starlette.types import Message, Send
+    from starlette.types import Message, Scope, Send
 
 RETRY_AFTER_S = 5
 EVENTS = "text/event-stream"
+ERROR = 500
+_SCOPE_KEY = "sliceserve.answer"
 
 
 class Answer:
-    """How far an answer has come, and an orderly end for a stream of events that cannot go on."""
+    """How far an answer has come, and an orderly end for a stream of events that cannot go on.
+
+    All layers that want to know share one, so that a message passes through one function more.
+
+    Attributes:
+        ended: its last part has been sent.
+        was_cut: nothing more of the application's is let through.
+        held: a 500 of the application's, which comes before the exception that says what it is
+            about.
+
+    """
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self._start: Message | None = None
+        self._open = False  # it has begun, and was not cut off
         self.ended = False
+        self.was_cut = False
+        self.held: list[Message] = []
 
     @property
     def begun(self) -> bool:
@@ -32,11 +47,31 @@ class Answer:
 
     def send(self, message: Message) -> Awaitable[None]:
         """Stand in for the server's `send`; no coroutine, which would cost a frame a message."""
+        if not self._open:
+            return self._begin(message)
+        if not message.get("more_body", False):
+            self.ended = True
+        return self._send(message)
+
+    def _begin(self, message: Message) -> Awaitable[None]:
+        if self.was_cut:
+            return nothing()
+        if self.held or message.get("status") == ERROR:
+            self.held.append(message)
+            return nothing()
+        return self.send_instead(message)
+
+    def send_instead(self, message: Message) -> Awaitable[None]:
+        """Send a layer's own message, whatever becomes of the application's."""
         if message["type"] == "http.response.start":
-            self._start = message
+            self._start, self._open = message, not self.was_cut
         else:
             self.ended = not message.get("more_body", False)
         return self._send(message)
+
+    def cut(self) -> None:
+        """Let nothing more of the application's through."""
+        self._open, self.was_cut = False, True
 
     async def end_stream(self, status: int, kind: str, message: str) -> bool:
         """End a stream of events with an error; False if there is none that is under way."""
@@ -45,8 +80,17 @@ class Answer:
         if not Headers(raw=self._start["headers"]).get("content-type", "").startswith(EVENTS):
             return False
         event = f"data: {json.dumps(error_object(status, kind, message))}\n\ndata: [DONE]\n\n"
-        await self.send({"type": "http.response.body", "body": event.encode()})
+        self.ended = True
+        await self._send({"type": "http.response.body", "body": event.encode()})
         return True
+
+
+def shared_answer(scope: Scope, send: Send) -> Answer:
+    """Return the answer whose `send` this is, from then on in the scope; a new one if none is."""
+    found: Answer | None = scope.get(_SCOPE_KEY)
+    if found is None or found.send != send:
+        found = scope[_SCOPE_KEY] = Answer(send)
+    return found
 
 
 async def nothing() -> None:

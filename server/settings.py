@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
+from sliceserve.server.masking import masked
 from sliceserve.slicing.errors import UserError, reading
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 ENV_PREFIX = "SLICESERVE_"
 # Kubernetes sets these in every pod beside a Service whose name starts with "sliceserve".
 _SERVICE_LINK = re.compile(r"\w+_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
-_SECRET = ("hf_token",)
 _KEY_LIMITS = ("key_max_requests", "key_requests_per_minute", "key_tokens_per_minute")
 _NOT_SHOWN = ("config", "model_tag")
 
@@ -51,6 +51,12 @@ class ServerSettings(BaseSettings):
         "stdout",
         min_length=1,
         description="Where a line of JSON a request goes: stdout, stderr, off, or a file.",
+    )
+    start_timeout: float = Field(
+        3600.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds of the start after which the server ends with 1; 0 for no bound.",
     )
     drain_timeout: float = Field(
         30.0,
@@ -101,7 +107,7 @@ class ServerSettings(BaseSettings):
         None, gt=0, description="Tokens of an answer; a request that asks for more gets 400."
     )
     max_stops: int = Field(
-        16, gt=0, description="Stop strings of a request; one with more gets 400."
+        16, gt=0, description="Stop strings, or tokens, of a request; one with more gets 400."
     )
     key_max_requests: int | None = Field(
         None, gt=0, description="Requests of one key at a time; more get 429."
@@ -214,7 +220,7 @@ def as_json(
     shown: dict[str, Any] = settings.model_dump(mode="json")
     for name, value in sorted(vars(args).items()):
         if name not in (*_NOT_SHOWN, *shown) and value != default(name):
-            shown[name] = str(SecretStr(str(value))) if name in _SECRET else value
+            shown[name] = masked(value, name)
     return json.dumps(
         {name.replace("_", "-"): value for name, value in shown.items()}, indent=2, default=str
     )

@@ -145,8 +145,6 @@ def ends_with_its_engine(server: ServerProcess, key: str, fail: Callable[[int], 
         error = whole.result().json()["error"]
         assert (error["code"], error["type"]) == (500, "InternalServerError")
         assert "Traceback" not in rest + whole.result().text
-    with suppress(httpx.TransportError):  # it may have ended meanwhile
-        assert httpx.get(f"{server.url}/livez", timeout=30).status_code == 503
     assert scraped_to_its_end(server, key) == 1, server.log.read_text()
 
 

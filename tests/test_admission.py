@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, StreamingRespon
 from starlette.routing import Route
 
 from sliceserve.server.admission import Admission, Limits
-from sliceserve.server.health import Health, Lifecycle, Phase
+from sliceserve.server.health import Health, Lifecycle, Phase, Readiness
 from sliceserve.server.listener import Listener
 
 LIMITS = Limits(requests=2, body_bytes=1000, body_seconds=60)
@@ -72,7 +72,8 @@ def test_over_the_bound_a_request_is_refused_at_once() -> None:
     async def scenario() -> None:
         slow = Slow()
         lifecycle = Lifecycle(Phase.SERVING)
-        health = Health(slow.admission, lifecycle, overloaded=lambda: slow.admission.full)
+        readiness = Readiness(lifecycle, overloaded=lambda: slow.admission.full)
+        health = Health(slow.admission, readiness)
         async with client_of(health) as client:
             assert (await client.get("/readyz")).status_code == 200
             running = await slow.fill(client)

@@ -55,6 +55,8 @@ def client(server: ServerProcess) -> openai.OpenAI:
 
 
 ASKED: dict[str, Any] = {"model": "sliced", "messages": [{"role": "user", "content": "Pick one."}]}
+SAID, ANSWERED = "what-the-client-said", "what-the-model-answered"
+LOGPROBS = 20  # vLLM's default of --max-logprobs
 SCHEMA = {
     "type": "object",
     "properties": {"colour": {"enum": ["red", "blue"]}, "size": {"enum": [1, 22, 333]}},
@@ -170,6 +172,76 @@ def test_no_request_breaks_the_server(server: ServerProcess, mode: GenerationMod
     assert answers[200 if mode is GenerationMode.POSITIVE else 400] > EXAMPLES
     ready = server.wait_for("/readyz", 200, 503)
     assert ready.status_code == 200, ready.text
+
+
+@pytest.mark.parametrize(
+    ("route", "asked"),
+    [
+        ("completions", {"prompt": "hi", "logprobs": LOGPROBS}),
+        ("completions", {"prompt": "hi", "prompt_logprobs": LOGPROBS}),
+        ("chat/completions", {"logprobs": True, "top_logprobs": LOGPROBS} | ASKED),
+        ("chat/completions", {"prompt_logprobs": LOGPROBS} | ASKED),
+    ],
+)
+def test_logprobs_are_bounded(server: ServerProcess, route: str, asked: dict[str, Any]) -> None:
+    url, headers = f"{server.url}/v1/{route}", {"Authorization": f"Bearer {KEY}"}
+    body = {"model": "sliced", "max_tokens": 2}
+    assert httpx.post(url, json=body | asked, headers=headers, timeout=60).status_code == 200
+    (name,) = (name for name, value in asked.items() if value == LOGPROBS)
+    refused = httpx.post(url, json=body | asked | {name: LOGPROBS + 1}, headers=headers, timeout=60)
+    assert refused.status_code == 400
+    assert f"max allowed: {LOGPROBS}" in refused.json()["error"]["message"]
+
+
+# What is answered, and what is refused by our layers, by vLLM's reading of it, and by its engine.
+MESSAGES = [{"role": "user", "content": SAID}]
+TOLD: list[tuple[str, int, dict[str, Any]]] = [
+    ("completions", 200, {"prompt": SAID}),
+    ("completions", 200, {"prompt": SAID, "stream": True, "echo": True}),
+    ("chat/completions", 200, {"messages": MESSAGES}),
+    ("responses", 200, {"input": SAID}),
+    ("messages", 200, {"messages": MESSAGES, "max_tokens": 5}),
+    ("completions", 400, {"prompt": SAID * 100}),
+    ("completions", 400, {"prompt": SAID, "n": 1000}),
+    ("completions", 400, {"prompt": SAID, "max_tokens": "many"}),
+    ("completions", 404, {"prompt": SAID, "model": "other"}),
+]
+
+
+def test_no_text_of_prompts_and_answers_is_logged(
+    server: ServerProcess, client: openai.OpenAI
+) -> None:
+    """In all that the server writes to its streams, its access log included, and in its series."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for route, status, asked in TOLD:
+        answer = httpx.post(
+            f"{server.url}/v1/{route}",
+            json={"model": "sliced"} | asked,
+            headers=headers,
+            timeout=60,
+        )
+        assert answer.status_code == status, (asked, answer.text)
+        assert status == 200 or SAID not in answer.text, (asked, answer.text)
+    broken = f'{{"prompt": "{SAID}'
+    refused = httpx.post(
+        f"{server.url}/v1/completions", content=broken, headers=headers, timeout=60
+    )
+    assert refused.status_code == 400
+    assert SAID not in refused.text
+    # This error names the message that is wrong, to the client that has sent it.
+    wrong: Any = [MESSAGES[0] | {"role": 3}]
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="sliced", messages=wrong)
+    form: Any = {"structured_outputs": {"choice": [ANSWERED]}}
+    chosen = client.chat.completions.create(**ASKED, extra_body=form)
+    assert chosen.choices[0].message.content == ANSWERED
+    log = server.log.read_text()
+    assert '"route": "/v1/chat/completions"' in log
+    series = httpx.get(f"{server.url}/metrics", headers=headers, timeout=60).text
+    assert "sliceserve_http_responses_total" in series
+    for text in (log, series):
+        assert SAID not in text
+        assert ANSWERED not in text
 
 
 def test_an_engine_out_of_memory_ends_streams_and_the_server(

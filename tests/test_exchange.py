@@ -3,6 +3,8 @@
 import asyncio
 import hashlib
 import json
+import os
+import resource
 from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
-from sliceserve.server.access_log import open_access_log
+from sliceserve.server.access_log import as_line, open_access_log
 from sliceserve.server.arguments import Arguments
 from sliceserve.server.auth import Auth, KeyRing
 from sliceserve.server.bounds import Bounds
@@ -165,6 +167,51 @@ def test_a_full_disk_is_told_once_and_fails_no_request(caplog: pytest.LogCapture
         log(DONE)
     (record,) = caplog.records
     assert "No space left on device" in record.getMessage()
+
+
+def test_a_line_that_is_taken_in_parts_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    write = os.write
+
+    def write_some(descriptor: int, data: bytes) -> int:
+        taken.append(write(descriptor, data[:7]))
+        return taken[-1]
+
+    log = open_access_log(str(tmp_path / "log"))
+    monkeypatch.setattr(os, "write", write_some)
+    for number in ("a1", "a2"):
+        log(replace(DONE, id=number))
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["a1", "a2"]
+    assert len(taken) > 20
+
+
+def test_a_line_that_is_cut_off_spoils_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, limits = tmp_path / "log", resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = open_access_log(str(file))
+    log(replace(DONE, id="first"))
+    size = file.stat().st_size
+    # Stands in for a disk that fills up in the middle of a line. No other file may reach the limit.
+    room = 10 * 2**20
+    with file.open("ab") as padding:
+        padding.truncate(room)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room + 100, limits[1]))
+        log(replace(DONE, id="cut"))
+        log(replace(DONE, id="lost"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log(replace(DONE, id="whole"))
+    log(replace(DONE, id="last"))
+    (record,) = caplog.records
+    assert "The access log loses lines" in record.getMessage()
+    cut, *rest = file.read_bytes()[size:].lstrip(b"\0").splitlines()
+    assert cut == as_line(replace(DONE, id="cut"))[:100]
+    assert [json.loads(line)["id"] for line in rest] == ["whole", "last"]
 
 
 def test_a_log_that_cannot_be_opened_is_named(tmp_path: Path) -> None:

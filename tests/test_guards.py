@@ -14,7 +14,7 @@ from sliceserve.server import layering
 from sliceserve.server.app import access_of
 from sliceserve.server.auth import Auth, KeyRing
 from sliceserve.server.drain import Drain
-from sliceserve.server.health import EngineProbe, Health, Lifecycle, Phase
+from sliceserve.server.health import EngineProbe, Health, Lifecycle, Phase, Readiness
 from sliceserve.server.layering import Access, still_starting
 from sliceserve.server.serve import make_parser, parse_arguments
 
@@ -107,7 +107,7 @@ def test_a_preflight_passes_only_where_cross_origin_requests_are_allowed() -> No
         Access(KeyRing(["key"]), frozenset(), cross_origin)
         for cross_origin in ({}, {"allow_origins": [ORIGIN]})
     )
-    closed, opened = (layering.guarded(everything(), one, Lifecycle()) for one in access)
+    closed, opened = (layering.guarded(everything(), one, Readiness(Lifecycle())) for one in access)
     refused = ask(closed, "OPTIONS", "/v1/models", **PREFLIGHT)
     assert refused.status_code == 401
     assert "access-control-allow-origin" not in refused.headers
@@ -125,7 +125,7 @@ def test_a_preflight_passes_only_where_cross_origin_requests_are_allowed() -> No
 def test_vllms_options_say_which_origins_may_call_while_the_model_loads_too() -> None:
     argv = ["DIR", "--host", "127.0.0.1", "--allowed-origins", f'["{ORIGIN}"]']
     args, settings = parse_arguments(make_parser(), argv)
-    app = layering.guarded(still_starting, access_of(settings, args), Lifecycle())
+    app = layering.guarded(still_starting, access_of(settings, args), Readiness(Lifecycle()))
     answer = ask(app, "GET", "/v1/models", Origin=ORIGIN)
     assert answer.status_code == 503
     assert answer.headers["access-control-allow-origin"] == ORIGIN
@@ -171,7 +171,12 @@ def test_emptying_the_only_source_of_keys_closes_the_server(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("phase", "livez", "readyz"),
-    [(Phase.STARTING, 200, 503), (Phase.SERVING, 200, 200), (Phase.DRAINING, 200, 503)],
+    [
+        (Phase.STARTING, 200, 503),
+        (Phase.SERVING, 200, 200),
+        (Phase.DRAINING, 200, 503),
+        (Phase.FAILING, 503, 503),
+    ],
 )
 def test_the_phases_as_an_orchestrator_sees_them(phase: Phase, livez: int, readyz: int) -> None:
     async def fine() -> None:
@@ -179,7 +184,7 @@ def test_the_phases_as_an_orchestrator_sees_them(phase: Phase, livez: int, ready
 
     lifecycle = Lifecycle()
     lifecycle.enter(phase, "this and that")
-    app = Health(everything(), lifecycle, EngineProbe(fine, 1))
+    app = Health(everything(), Readiness(lifecycle, EngineProbe(fine, 1)))
     for path, expected in (("/livez", livez), ("/readyz", readyz)):
         answer = ask(app, "GET", path)
         assert answer.status_code == expected
@@ -218,7 +223,7 @@ def test_a_dead_engine_fails_both_probes() -> None:
 
     lifecycle = Lifecycle()
     lifecycle.enter(Phase.SERVING, "answering requests")
-    app = Health(everything(), lifecycle, EngineProbe(dead, 1))
+    app = Health(everything(), Readiness(lifecycle, EngineProbe(dead, 1)))
     for path in ("/livez", "/readyz"):
         answer = ask(app, "GET", path)
         assert answer.status_code == 503

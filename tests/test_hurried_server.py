@@ -6,6 +6,8 @@ import resource
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 
 import httpx
@@ -122,5 +124,9 @@ def test_a_full_disk_for_all_logs_disturbs_no_request(hurried: ServerProcess) ->
 
 
 def test_a_killed_engine_ends_streams_and_the_server(hurried: ServerProcess) -> None:
-    ends_with_its_engine(hurried, FIXED_KEY, lambda engine: os.kill(engine, signal.SIGKILL))
+    os.kill(hurried.engine(), signal.SIGSTOP)
+    with closing(HTTPConnection(hurried.url.removeprefix("http://"), timeout=60)) as probe:
+        probe.request("GET", "/livez")  # before the end, as the server may be gone soon after it
+        ends_with_its_engine(hurried, FIXED_KEY, lambda engine: os.kill(engine, signal.SIGKILL))
+        assert probe.getresponse().status == 503
     assert hurried.log.read_text().count("The access log loses lines") == 1

@@ -11,7 +11,7 @@ import pytest
 import trustme
 
 from sliceserve.server.auth import KeyRing
-from sliceserve.server.health import Lifecycle
+from sliceserve.server.health import Lifecycle, Readiness
 from sliceserve.server.layering import Access, guarded, still_starting
 from sliceserve.server.listener import listening, make_listener
 from sliceserve.server.serve import make_parser, parse_arguments
@@ -31,7 +31,7 @@ def test_tls_holds_while_the_model_loads(tmp_path: Path) -> None:
     authority.configure_trust(trust)
     with socket.create_server(("127.0.0.1", 0)) as bound:
         address = f"127.0.0.1:{bound.getsockname()[1]}"
-        with listening(guarded(still_starting, access, Lifecycle()), args, bound):
+        with listening(guarded(still_starting, access, Readiness(Lifecycle())), args, bound):
             with httpx.Client(base_url=f"https://{address}", verify=trust, timeout=60) as client:
                 assert client.get("/livez").status_code == 200
                 assert client.get("/v1/models").status_code == 401
@@ -43,7 +43,7 @@ def test_tls_holds_while_the_model_loads(tmp_path: Path) -> None:
 
 def test_who_connects_between_two_listeners_waits_for_the_second() -> None:
     args = options()
-    app = guarded(still_starting, Access(KeyRing(), frozenset(), {}), Lifecycle())
+    app = guarded(still_starting, Access(KeyRing(), frozenset(), {}), Readiness(Lifecycle()))
 
     async def second(bound: socket.socket) -> None:
         listener = make_listener(app, args, lifespan="off")

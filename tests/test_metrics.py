@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from asgi_application import Application
 from prometheus_client import CollectorRegistry, generate_latest, make_asgi_app
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
@@ -20,8 +21,9 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.metrics.stats import IterationStats, RequestStateStats
 
 from sliceserve.server.admission import Admission, Limits
+from sliceserve.server.deadline import Deadline
 from sliceserve.server.drain import Drain
-from sliceserve.server.exchange import Exchange, Refusal, Watch
+from sliceserve.server.exchange import Exchange, Outcome, Refusal, Watch, outcome_of
 from sliceserve.server.health import Lifecycle, Phase
 from sliceserve.server.metrics import Refreshing, ServerMetrics
 
@@ -62,7 +64,7 @@ def test_gpu_seconds_run_from_the_start_of_the_engine_to_the_scrape(device: str,
     clock = Clock()
     registry = CollectorRegistry()
     metrics = ServerMetrics(registry, "m", clock)
-    app = Refreshing(make_asgi_app(registry), lambda: metrics.refresh(running=3, queued_tokens=7))
+    app = Refreshing(make_asgi_app(registry), lambda: metrics.refresh(3, 7, ready=True))
 
     async def scrape() -> dict[tuple[str, ...], float]:
         async with client_of(app) as client:
@@ -78,6 +80,7 @@ def test_gpu_seconds_run_from_the_start_of_the_engine_to_the_scrape(device: str,
         assert scraped["gpus",] == used
         assert scraped["running_requests",] == 3
         assert scraped["queued_prompt_tokens",] == 7
+        assert scraped["ready",] == 1
 
 
 MULTIPROCESS = """
@@ -94,7 +97,7 @@ metrics.set_engine(SimpleNamespace(
     parallel_config=SimpleNamespace(world_size_across_dp=4),
 ))
 for now in (10.0, 10.5, 70.0):
-    metrics.refresh(running=int(now), queued_tokens=5)
+    metrics.refresh(running=int(now), queued_tokens=5, ready=True)
     metrics.set_gpu_readings({"1": GpuReading(now, 80, 0.5)})
 shown = get_prometheus_registry()
 assert shown is not REGISTRY
@@ -114,6 +117,7 @@ def test_multiprocess_mode_shows_the_same_without_a_label_of_the_process(tmp_pat
     assert shown["gpu_seconds_total",] == 4 * 70
     assert shown["running_requests",] == 70
     assert shown["queued_prompt_tokens",] == 5
+    assert shown["ready",] == 1
     assert shown["gpu_memory_used_bytes", "1"] == 70
     assert shown["gpu_utilization_ratio", "1"] == 0.5
     assert shown["rejected_total", "full"] == 0
@@ -166,7 +170,7 @@ def test_every_reason_to_refuse_a_request_is_counted_once_and_logged() -> None:
         routes = [Route("/slow", slow, methods=["POST"]), Route("/metrics", show)]
         admission = Admission(Starlette(routes=routes), LIMITS)
         drain = Drain(admission, lifecycle, going.set)
-        app = Refreshing(drain, lambda: metrics.refresh(admission.running, 0))
+        app = Refreshing(drain, lambda: metrics.refresh(admission.running, 0, ready=True))
         watch = Watch(app, frozenset({"/slow"}), metrics.count_response, logged.append)
         async with client_of(watch) as client:
 
@@ -201,3 +205,57 @@ def test_every_reason_to_refuse_a_request_is_counted_once_and_logged() -> None:
     assert refused == {
         429: "full", 413: "body_too_large", 408: "body_too_slow", 503: "draining", 200: None
     }  # fmt: skip
+
+
+def test_what_runs_when_the_server_begins_to_leave_is_counted_by_its_end() -> None:
+    registry = CollectorRegistry()
+    metrics, application = ServerMetrics(registry, "m"), Application()
+
+    def drained() -> dict[str, float | None]:
+        name = "sliceserve_drained_requests_total"
+        return {
+            outcome: registry.get_sample_value(name, {"model_name": "m", "outcome": outcome})
+            for outcome in Outcome
+        }
+
+    async def scenario() -> None:
+        lifecycle = Lifecycle(Phase.SERVING)
+        deadline = Deadline(application.app, 1000)
+        drain = Drain(deadline, lifecycle, deadline.cut, metrics.count_drained)
+        async with client_of(Watch(drain, frozenset())) as client:
+            assert (await client.post("/answer")).status_code == 200
+            running = asyncio.ensure_future(client.post("/wait"))
+            streams = [asyncio.ensure_future(client.get("/stream")) for _ in range(2)]
+            while drain.running < 3:
+                await asyncio.sleep(0.01)
+            assert drained() == {"finished": 0, "cut": 0, "left": 0}
+            lifecycle.enter(Phase.DRAINING, "waiting for running requests")
+            assert (await client.post("/answer")).status_code == 503
+            application.going.set()
+            assert (await running).status_code == 200
+            assert drained() == {"finished": 1, "cut": 0, "left": 0}
+            drain.cut()
+            for stream in streams:
+                assert (await stream).text.endswith("data: [DONE]\n\n")
+            assert drained() == {"finished": 1, "cut": 2, "left": 0}
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("status", "failed", "disconnected", "outcome"),
+    [
+        (200, None, False, Outcome.FINISHED),
+        (404, None, False, Outcome.FINISHED),
+        (503, None, False, Outcome.CUT),
+        (200, 503, False, Outcome.CUT),
+        (None, None, False, Outcome.CUT),
+        (200, None, True, Outcome.LEFT),
+        (None, None, True, Outcome.LEFT),
+    ],
+)
+def test_how_a_request_ended(
+    status: int | None, failed: int | None, disconnected: bool, outcome: Outcome
+) -> None:
+    exchange = Exchange("1", "POST", 0.0, status=status, failed=failed, disconnected=disconnected)
+    assert outcome_of(exchange) is outcome

@@ -249,7 +249,8 @@ def test_metrics_show_vllm_series_and_ours(server: Server) -> None:
     names = {name for name, _ in server.samples()}
     assert "vllm:num_requests_running" in names
     ours = """
-        gpus gpu_seconds_total parameters running_requests queued_prompt_tokens rejected_total
+        gpus gpu_seconds_total parameters ready running_requests queued_prompt_tokens
+        rejected_total drained_requests_total
         request_latency_seconds_bucket queue_time_seconds_bucket time_to_first_token_seconds_bucket
         time_per_output_token_seconds_bucket prompt_tokens_total generation_tokens_total
     """

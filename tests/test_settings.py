@@ -1,12 +1,13 @@
 """Where a setting comes from, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sliceserve.server.serve import main
+from sliceserve.server.serve import main, make_parser, parse_arguments
 from sliceserve.slicing.errors import UserError
 
 
@@ -78,6 +79,51 @@ def test_keys_are_taken_from_anywhere_and_never_shown(
     assert "secret" not in captured.out + captured.err
 
 
+def test_secrets_within_the_options_of_vllm_are_not_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What loaders and connectors take is theirs; some of it vLLM parses into objects."""
+    options = {
+        "model-loader-extra-config": {"s3_secret_access_key": "hidden", "concurrency": 3},
+        "kv-transfer-config": {
+            "kv_connector": "a", "kv_role": "kv_both",
+            "kv_connector_extra_config": {"hosts": [{"password": "hidden"}], "apiKey": "hidden"},
+        },
+        "additional-config": {"authorization": {"user": "hidden"}, "passwords": ["hidden"]},
+        "speculative-config": {"method": "ngram", "num_speculative_tokens": 3},
+        "otlp-traces-endpoint": "https://user:hidden@collector.example:4317/a@b",
+    }  # fmt: skip
+    arguments = [
+        word
+        for name, value in options.items()
+        for word in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
+    ]
+    shown = printed(capsys, *arguments)
+    mask = "**********"
+    assert "hidden" not in json.dumps(shown)
+    assert shown["model-loader-extra-config"] == {"s3_secret_access_key": mask, "concurrency": 3}
+    connector = shown["kv-transfer-config"]
+    assert (connector["kv_connector"], connector["kv_role"]) == ("a", "kv_both")
+    assert connector["kv_connector_extra_config"] == {"hosts": [{"password": mask}], "apiKey": mask}
+    assert shown["additional-config"] == {"authorization": mask, "passwords": mask}
+    assert shown["speculative-config"] == options["speculative-config"]
+    assert shown["otlp-traces-endpoint"] == f"https://{mask}@collector.example:4317/a@b"
+    assert printed(capsys, "--hf-token")["hf-token"] is True
+
+
+def test_every_option_of_vllm_that_looks_like_a_secret_is_known() -> None:
+    """A new one may need a look: is it masked, and rightly?"""
+    looks = re.compile(r"key|token(?!s|izer)|secret|pass|credential|auth", re.IGNORECASE)
+    args, _ = parse_arguments(make_parser(), ["DIR"])
+    found = {name for name in vars(args) if looks.search(name)}
+    known = {
+        "allow_credentials", "api_key", "dbo_decode_token_threshold",
+        "dbo_prefill_token_threshold", "hf_token", "long_prefill_token_threshold",
+        "long_prefill_token_threshold_adaptive", "return_tokens_as_token_ids", "ssl_keyfile",
+    }  # fmt: skip
+    assert {"api_key", "hf_token"} <= found <= known
+
+
 def test_an_unknown_flag_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["DIR", "--drain-time-out", "3"])
@@ -112,6 +158,8 @@ def test_variables_of_kubernetes_services_are_no_settings(
     [
         ("drain-timeout", "-1", "greater than or equal to 0"),
         ("drain-timeout", "inf", "finite"),
+        ("start-timeout", "-1", "greater than or equal to 0"),
+        ("start-timeout", "inf", "finite"),
         ("probe-timeout", "0", "greater than 0"),
         ("probe-timeout", "soon", "valid number"),
     ],

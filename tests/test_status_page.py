@@ -26,7 +26,7 @@ from test_report import VOID
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from sliceserve.server.auth import KeyRing
-from sliceserve.server.health import Lifecycle, Phase
+from sliceserve.server.health import Lifecycle, Phase, Readiness
 from sliceserve.server.layering import Access, guarded
 from sliceserve.server.live import LATENCIES_KEPT, LiveFigures
 from sliceserve.server.responses import error_response
@@ -87,7 +87,7 @@ def answering(*keys: str) -> Iterator[str]:
     lifecycle = Lifecycle()
     lifecycle.enter(Phase.SERVING, "answering requests")
     access = Access(KeyRing(keys), frozenset(), {})
-    app = guarded(Starlette(routes=routes), access, lifecycle)
+    app = guarded(Starlette(routes=routes), access, Readiness(lifecycle))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     with socket.create_server(("127.0.0.1", 0)) as bound:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
