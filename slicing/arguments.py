@@ -47,6 +47,7 @@ def _add_slice(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.set_defaults(command="slice")
     parser.add_argument("model", metavar="MODEL", help="a directory, a hub id or a .gguf file")
+    _add_revision(parser, "of a hub id (its main branch)")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="directory to make"
     )
@@ -147,6 +148,7 @@ def _add_perplexity(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.set_defaults(command="perplexity")
     parser.add_argument("model", metavar="MODEL_OR_DIR", help="a dense or a sliced model")
+    _add_revision(parser, "of a hub id (its main branch)")
     parser.add_argument(
         "--text",
         required=True,
@@ -175,6 +177,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "models", nargs="+", metavar="MODEL_OR_DIR", help="dense or sliced models, a column each"
     )
+    _add_revision(parser, "of the one model that is a hub id (its main branch)")
     parser.add_argument(
         "--tasks",
         type=values.names,
@@ -192,6 +195,11 @@ def _add_evaluate(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--limit", type=values.number, help="examples a task, from its start (all)")
     parser.add_argument("--batch-size", type=values.number, default=16, help="sequences at once")
     _add_measuring(parser)
+
+
+def _add_revision(parser: Parser, what: str) -> None:
+    """Add which version of a model on the hub is meant."""
+    parser.add_argument("--revision", metavar="COMMIT|TAG|BRANCH", help=what)
 
 
 def _add_measuring(parser: Parser) -> None:
@@ -256,6 +264,7 @@ def _add_plan(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "model", metavar="MODEL_OR_DIR", help="a model as for slice, or a sliced checkpoint"
     )
+    _add_revision(parser, "of a hub id (its main branch)")
     parser.add_argument(
         "--gpu-memory",
         type=values.size,

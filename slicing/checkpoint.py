@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sliceserve.slicing.config import CAUSAL_LM, MODEL_TYPE, SlicedConfig, Slicing, parse_slicing
-from sliceserve.slicing.errors import UserError, reading
+from sliceserve.slicing.errors import MachineError, UserError, fault, reading
 from sliceserve.slicing.modeling import HEAD_MAP, ROTATION, expected_shapes
 from sliceserve.slicing.quantised import (
     Scheme,
@@ -76,8 +76,9 @@ def staged_directory(output: Path, expected_bytes: int, resume: bool = False) ->
     that a later run is to go on with it. What a killed run left is never removed.
 
     Raises:
-        UserError: `output` exists, its parent cannot be written, the disk is (or gets) full, or an
-            unfinished directory is there that another run writes or that is not to be resumed.
+        UserError: `output` exists, its parent may not be written, or an unfinished directory is
+            there that is not to be resumed.
+        MachineError: the disk is (or gets) full or fails, or another run writes that directory.
 
     """
     if output.exists() or output.is_symlink():
@@ -95,7 +96,7 @@ def staged_directory(output: Path, expected_bytes: int, resume: bool = False) ->
         with _locked(staging):
             free = shutil.disk_usage(staging).free + _size(staging)
             if free < expected_bytes:
-                raise UserError(
+                raise MachineError(
                     f"--output {str(output)!r} needs about {expected_bytes / 1e9:.2f} GB and its "
                     f"disk has {free / 1e9:.2f} GB left"
                 )
@@ -104,7 +105,9 @@ def staged_directory(output: Path, expected_bytes: int, resume: bool = False) ->
             staging.rename(output)
             finished = True
     except OSError as error:
-        raise UserError(f"--output {str(output)!r} cannot be written: {error}") from error
+        raise fault(error, MachineError)(
+            f"--output {str(output)!r} cannot be written: {error}"
+        ) from error
     finally:
         if not finished and not resume:
             shutil.rmtree(staging, ignore_errors=True)
@@ -122,7 +125,7 @@ def _locked(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another run is writing {str(directory)!r}") from error
+            raise MachineError(f"another run is writing {str(directory)!r}") from error
         yield
     finally:
         os.close(descriptor)

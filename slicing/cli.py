@@ -7,27 +7,32 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sliceserve.slicing.arguments import make_parser
-from sliceserve.slicing.errors import UserError
-
-EXIT_USER_ERROR = 2
+from sliceserve.slicing.errors import MachineError, UserError, fault, is_out_of_memory, reason
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code; 2 for anything the user can mend."""
+    """Run the command line and return the exit code.
+
+    It is 2 for what the user gave and can mend, 1 for what the machine or the network has failed
+    in, and 128 and its number after a signal.
+    """
     try:
         return run(list(sys.argv[1:] if arguments is None else arguments))
-    except UserError as error:
-        print(f"sliceserve: error: {error}", file=sys.stderr)
+    except (UserError, MachineError) as error:
+        return _end(error.exit_code, error)
     except OSError as error:
-        print(f"sliceserve: error: {error}", file=sys.stderr)
+        return _end(fault(error, MachineError).exit_code, error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _end(MachineError.exit_code, f"out of memory: {reason(error)}")
     except KeyboardInterrupt:
-        print("sliceserve: interrupted; nothing half written is left", file=sys.stderr)
-    return EXIT_USER_ERROR
+        return _interrupted(signal.SIGINT)
 
 
 def run(arguments: list[str]) -> int:
@@ -38,6 +43,7 @@ def run(arguments: list[str]) -> int:
 
         return serve(arguments[1:])
     received: list[int] = []
+    options: dict[str, Any] = {}
 
     def interrupt(number: int, _frame: object) -> NoReturn:
         received.append(number)
@@ -47,24 +53,36 @@ def run(arguments: list[str]) -> int:
         # What nohup has made the process ignore stays ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, interrupt)
-    options = vars(make_parser().parse_args(arguments))
-    command = COMMANDS[options.pop("command")]
     logger = logging.getLogger("sliceserve")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("sliceserve: warning: %(message)s"))
     logger.addHandler(handler)
     try:
+        options |= vars(make_parser().parse_args(arguments))
+        command = COMMANDS[options.pop("command")]
         with logging_redirect_tqdm([logger]):
             return command(**options)
     except (KeyboardInterrupt, Exception) as error:
         # An interrupt inside a library may come out as an error of the library's own.
         if not received and not isinstance(error, KeyboardInterrupt):
             raise
-        if options.get("resume") or options.get("restart"):
-            raise UserError("interrupted; the same command goes on where it stopped") from None
-        raise KeyboardInterrupt from None
+        kept = options.get("resume") or options.get("restart")
+        return _interrupted(received[0] if received else signal.SIGINT, bool(kept))
     finally:
         logger.removeHandler(handler)
+
+
+def _end(code: int, message: object) -> int:
+    """Say why a command ends, and return its exit code."""
+    print(f"sliceserve: error: {message}", file=sys.stderr)
+    return code
+
+
+def _interrupted(number: int, kept: bool = False) -> int:
+    """Say that a signal has ended a command, and return the exit code."""
+    left = "the same command goes on where it stopped" if kept else "nothing half written is left"
+    print(f"sliceserve: interrupted; {left}", file=sys.stderr)
+    return 128 + number
 
 
 def slice_command(device: str | None, **options: object) -> int:

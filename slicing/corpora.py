@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sliceserve.slicing.errors import UserError, reading, reason
+from sliceserve.slicing.errors import MachineError, UserError, reading, reason
 
 DATA = Path(__file__).with_name("data")
 MIXTURE = "mixture"
@@ -105,7 +105,8 @@ def read_corpus(name: str, argument: str, part: str = "calibration") -> Corpus:
         part: of a data set: "calibration" or "held out".
 
     Raises:
-        UserError: no such name or file, one that cannot be read, or a hub out of reach.
+        UserError: no such name or file, or one that cannot be read.
+        MachineError: the hub did not give a data set.
 
     """
     if name in HUB:
@@ -161,7 +162,7 @@ def _read_hub(name: str, argument: str, part: str) -> Corpus:
         texts: list[str] = list(rows[corpus.column])
     except Exception as error:
         # Everything is caught: it raises what its parsers, the network and the hub raise.
-        raise UserError(
+        raise MachineError(
             f"{argument} {name!r} is {corpus.path!r} on the Hugging Face hub, which did not give "
             f"it: {reason(error)}"
         ) from error

@@ -80,17 +80,19 @@ class DenseModel(DenseOutline):
         return hash_files(self.files)
 
 
-def open_dense_model(model: str) -> DenseModel:
+def open_dense_model(model: str, revision: str | None = None) -> DenseModel:
     """Open a model for slicing and check every tensor's name and shape, without computing.
 
     Args:
         model: a Hugging Face directory, a hub id or a .gguf file.
+        revision: of a model on the hub, a commit, tag or branch; None takes its main branch.
 
     Raises:
         UserError: no such model, an unsupported architecture, corrupt or missing weights.
+        MachineError: the hub did not answer.
 
     """
-    location = locate(model)
+    location = locate(model, revision=revision)
     outline = outline_dense_model(location)
     reader: TensorReader
     if location.gguf_file:

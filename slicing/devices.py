@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from sliceserve.slicing.errors import UserError, reason
+from sliceserve.slicing.errors import MachineError, UserError, reason
 
 
 def checked_device(name: str) -> torch.device:
@@ -43,10 +43,10 @@ def within_memory(device: torch.device) -> Iterator[None]:
     """Turn a GPU that runs out of memory into one sentence.
 
     Raises:
-        UserError: the block needs more memory than the device has.
+        MachineError: the block needs more memory than the device has.
 
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(f"--device {str(device)!r} is too small: {reason(error)}") from error
+        raise MachineError(f"--device {str(device)!r} is too small: {reason(error)}") from error

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from sliceserve.slicing.devices import checked_device, within_memory
-from sliceserve.slicing.errors import UserError, reason
+from sliceserve.slicing.errors import MachineError, UserError, fault, reason
 from sliceserve.slicing.perplexity import check_model, default_dtype, load_model
-from sliceserve.slicing.source import load_tokenizer, locate
+from sliceserve.slicing.source import load_tokenizer, locate_all
 
 SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
 PREFERRED = ("acc_norm", "acc")  # what the paper reports, the first that a task has
@@ -48,6 +48,7 @@ def evaluate(
     device: str,
     dtype: str | None,
     on_result: Callable[[str, Scores], None] | None = None,
+    revision: str | None = None,
 ) -> dict[str, Scores]:
     """Evaluate models, one after the other, on tasks of lm-evaluation-harness.
 
@@ -61,12 +62,14 @@ def evaluate(
         device: where it runs.
         dtype: to run in; None is float32 on a CPU and the stored one elsewhere.
         on_result: is told of each model as soon as it is done.
+        revision: of the one model that is on the hub.
 
     Returns:
         The scores by model, task and metric.
 
     Raises:
         UserError: lm-eval is not installed, an unknown task or model, no data for a task.
+        MachineError: the hub did not give a model or data, or the device is too small.
 
     """
     try:
@@ -93,10 +96,10 @@ def evaluate(
             loaded = manager.load(specifications)["tasks"]
     except Exception as error:
         # Everything is caught: it raises what its parsers, the network and the hub raise.
-        raise UserError(
+        raise (MachineError if data is None else fault(error))(
             f"--tasks {','.join(tasks)}: the data cannot be read: {reason(error)}"
         ) from error
-    locations = [locate(model) for model in models]
+    locations = locate_all(models, revision)
     tokenizers = [load_tokenizer(location) for location in locations]
     for location in locations:
         check_model(location)

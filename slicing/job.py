@@ -28,7 +28,7 @@ from sliceserve.slicing.checkpoint import (
 from sliceserve.slicing.corpora import MIXTURE, Corpus, read_corpus
 from sliceserve.slicing.dense import DenseModel, open_dense_model
 from sliceserve.slicing.devices import checked_device, layers_dtype, within_memory
-from sliceserve.slicing.errors import UserError, reason
+from sliceserve.slicing.errors import MachineError, UserError, reason
 from sliceserve.slicing.heldout import HELD_OUT_WINDOWS, measure_held_out
 from sliceserve.slicing.layers import DenseLayers
 from sliceserve.slicing.memory import TOKENS_PER_BATCH, peak_bytes, signal_budget
@@ -57,6 +57,9 @@ class SliceOptions:
     """What to slice and how; the fields are the options of `sliceserve slice`.
 
     Attributes:
+        model: a Hugging Face directory, a hub id or a .gguf file.
+        output: the directory to make.
+        revision: of a model on the hub, a commit, tag or branch; None takes its main branch.
         target_params: parameters to keep, rotations and head included, as a share of the model's
             as it is stored; picks the width, and the form unless given. None takes the fraction.
         fraction: of hidden_size to delete, in [0, 1); None takes `shape.FRACTION`.
@@ -83,6 +86,7 @@ class SliceOptions:
 
     model: str
     output: Path
+    revision: str | None = None
     target_params: float | None = None
     fraction: float | None = None
     rotation: str | None = None
@@ -132,6 +136,7 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
 
     Raises:
         UserError: anything the user gave that cannot be used; nothing is left behind.
+        MachineError: the hub, the disk or the memory failed.
 
     """
     if options.output.exists() or options.output.is_symlink():
@@ -141,7 +146,7 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
     corpus = None
     if options.calibration != SELF:
         corpus = read_corpus(options.calibration, "--calibration")
-    model = open_dense_model(options.model)
+    model = open_dense_model(options.model, options.revision)
     hidden_size = model.config.hidden_size
     tokenizer = load_tokenizer(model.location)
     check_positions(options, model)
@@ -190,7 +195,7 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
         ThreadPoolExecutor(1) as hasher,
     ):
         unfinished = staging / UNFINISHED
-        job_of_files = job | {"source files": files}
+        job_of_files = job | {"source files": files, "source commit": model.location.commit}
         if options.restart:
             remove_other(unfinished, job_of_files)
         note_job(unfinished, job_of_files)
@@ -233,6 +238,8 @@ def run_slice(options: SliceOptions, show_progress: bool = True) -> SliceRun:
         np.save(staging / SPECTRUM, slicer.places.spectrum.numpy().astype(np.float32))
         source = {
             "model": options.model,
+            "revision": options.revision,
+            "commit": model.location.commit,
             "files": list(files),
             "sha256": sha256.result(),
             "parameters": model.parameters,
@@ -334,7 +341,7 @@ def _within_memory(
             return attempt(model, windows_per_batch)
         except torch.OutOfMemoryError as error:
             if windows_per_batch == 1:
-                raise UserError(
+                raise MachineError(
                     f"--device {str(device)!r} is too small for one window of "
                     f"--sequence-length {options.sequence_length}: {reason(error)}"
                 ) from error

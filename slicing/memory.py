@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from sliceserve.slicing.dense import DenseModel
-from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.errors import MachineError, UserError
 from sliceserve.slicing.moments import ROWS_PER_PRODUCT
 
 AVAILABLE_SHARE = 0.8
@@ -92,20 +92,23 @@ def signal_budget(
 
     Raises:
         UserError: weights and working set alone are above the limit.
+        MachineError: no limit was given, and they are above what is available.
 
     """
-    if limit is None:
-        limit = available_bytes() + resident_bytes()
+    allowed = available_bytes() + resident_bytes() if limit is None else limit
     needed = resident_bytes() + max(
         working_set(model, device, output) + refits * refit_set(model, device),
         surveys * survey_set(model, device),
     )
-    if needed > limit:
-        raise UserError(
-            f"--memory-limit {limit / 1e9:.2f} GB is too small for this model, which needs about "
+    if needed > allowed:
+        what = (
+            f"{allowed / 1e9:.2f} GB is too small for this model, which needs about "
             f"{needed / 1e9:.2f} GB beside its calibration signals"
         )
-    return limit - needed
+        if limit is None:
+            raise MachineError(f"the memory left here of {what}")
+        raise UserError(f"--memory-limit {what}")
+    return allowed - needed
 
 
 def working_set(model: DenseModel, device: torch.device, output: torch.dtype) -> int:

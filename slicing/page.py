@@ -22,7 +22,7 @@ from sliceserve.slicing.checkpoint import (
     read_sliced_config,
 )
 from sliceserve.slicing.config import SlicedConfig
-from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.errors import MachineError, UserError, fault
 from sliceserve.slicing.evaluation import Score, average, main_metric
 from sliceserve.slicing.finetune import HISTORY
 from sliceserve.slicing.job import PAPER
@@ -81,7 +81,9 @@ def write_report(directory: Path, results: Sequence[Path], output: Path) -> None
         temporary.write_text(page, "utf-8")
         temporary.replace(output)
     except OSError as error:
-        raise UserError(f"--output {str(output)!r} cannot be written: {error}") from error
+        raise fault(error, MachineError)(
+            f"--output {str(output)!r} cannot be written: {error}"
+        ) from error
 
 
 def read_results(

@@ -44,6 +44,7 @@ def measure_text(
     dtype: str | None = None,
     backend: str = "transformers",
     show_progress: bool = True,
+    revision: str | None = None,
 ) -> Perplexity:
     """Measure a model, by name, on the first windows of a text.
 
@@ -56,15 +57,17 @@ def measure_text(
         dtype: to run in; None is float32 on a CPU and the stored one elsewhere.
         backend: "transformers" or "vllm".
         show_progress: whether to draw a bar; vLLM draws its own.
+        revision: of a model on the hub.
 
     Raises:
         UserError: no such model, text or device, a text too short, tokens that the model lacks, or
             values that are not finite.
+        MachineError: the hub did not give model or text, or the device is too small.
 
     """
     corpus = read_corpus(text, "--text", "held out")
     place = checked_device(device)
-    location = locate(model)
+    location = locate(model, revision=revision)
     windows = token_windows(corpus, load_tokenizer(location), sequence_length)
     if len(windows) < (samples or 1):
         raise UserError(

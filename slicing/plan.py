@@ -31,6 +31,7 @@ class PlanOptions:
 
     Attributes:
         model: a dense model or a sliced checkpoint; its config.json is enough.
+        revision: of a model on the hub; None takes its main branch.
         gpu_memory: bytes of one GPU.
         gpu_memory_utilization: the share of them for weights, cache and activations, in (0, 1].
         fraction: those of hidden_size to delete; None takes `shape.FRACTION`.
@@ -59,6 +60,7 @@ class PlanOptions:
     context: int | None = None
     concurrency: int = 1
     batched_tokens: int = 2048
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,9 +158,10 @@ def make_plan(options: PlanOptions) -> Plan:
 
     Raises:
         UserError: no such model, one that is not supported, or options that do not fit it.
+        MachineError: the hub did not answer.
 
     """
-    location = locate(options.model, CONFIG_ALONE)
+    location = locate(options.model, CONFIG_ALONE, options.revision)
     directory = location.directory
     path = directory / "config.json"
     sliced = (

@@ -43,7 +43,8 @@ def describe(summary: CheckpointSummary) -> str:
         "on disk": f"{summary.bytes / 1e6:,.1f} MB",
     }
     if source := summary.provenance.get("source"):
-        lines["source"] = f"{source['model']} (sha256 {source['sha256'][:16]}…)"
+        commit = f"commit {source['commit']}, " if source.get("commit") else ""
+        lines["source"] = f"{source['model']} ({commit}sha256 {source['sha256'][:16]}…)"
     if options := summary.provenance.get("options"):
         lines["calibration"] = (
             f"{options['calibration']}, {options['samples']} × {options['sequence_length']} "

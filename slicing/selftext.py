@@ -59,7 +59,7 @@ def write_windows(
         Token ids [samples, sequence_length].
 
     Raises:
-        UserError: the model does not fit on the device.
+        MachineError: the model does not fit on the device.
 
     """
     if path.exists():

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from sliceserve.slicing.calibration import pick_calibration, pick_windows
 from sliceserve.slicing.corpora import HUB, read_corpus
-from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.errors import MachineError, UserError
 from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.selftext import PROMPTS, sample_windows
 from sliceserve.slicing.slicer import Slicer
@@ -159,7 +159,9 @@ def test_a_hub_out_of_reach_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="--calibration 'c4' is 'allenai/c4' on the Hugging Face"):
+    with pytest.raises(
+        MachineError, match="--calibration 'c4' is 'allenai/c4' on the Hugging Face"
+    ):
         read_corpus("c4", "--calibration")
 
 
@@ -261,6 +263,8 @@ def test_a_gpu_too_small_for_one_window_is_refused(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_out_of_memory(monkeypatch, windows=1)
-    with pytest.raises(UserError, match="too small for one window of --sequence-length 64: CUDA"):
+    with pytest.raises(
+        MachineError, match="too small for one window of --sequence-length 64: CUDA"
+    ):
         slice_tiny(tiny, tmp_path / "out")
     assert not list(tmp_path.iterdir())

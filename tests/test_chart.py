@@ -156,6 +156,9 @@ def test_a_typo_is_refused(path: str) -> None:
         ("image.digest", "latest"),
         ("checkpoints.size", "200 GB"),
         ("model.hub", "name"),
+        ("model.revision", "--restart"),
+        ("model.revision", "two words"),
+        ("model.revision", 1),
         ("podSecurity.user", 0),
     ],
 )
@@ -169,6 +172,7 @@ def test_impossible_values_are_refused(path: str, value: Any) -> None:
     [
         ({}, "name one model: .* not 0"),
         ({"model": {"hub": "a/b", "claim": {"name": "c"}}}, "name one model: .* not 2"),
+        ({"model": {"claim": {"name": "c"}, "revision": "v1"}}, "model.revision needs model.hub"),
         (HUB | {"server": {"replicas": 2}}, "set checkpoints.accessMode to ReadWriteMany"),
         (HUB | {"server": {"nodes": 2}}, "set checkpoints.accessMode to ReadWriteMany"),
         (

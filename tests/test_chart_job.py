@@ -1,6 +1,9 @@
 """The chart's Job: when it is another, what it is told, where it runs, and that it slices."""
 
+import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +28,7 @@ from helm_render import (
     with_values,
 )
 
+from sliceserve.slicing.arguments import make_parser
 from sliceserve.slicing.checkpoint import read_checkpoint_summary
 
 OCI = scenario(CHART / "ci" / "oci-values.yaml")
@@ -62,6 +66,25 @@ def test_a_job_is_another_when_anything_in_it_is() -> None:
     assert output_of(more) != output_of(first)
     (server,) = server_pod(with_values(HUB, "slice.fraction", 0.3))["spec"]["containers"]
     assert server["command"] == ["sliceserve", "serve", output_of(more)]
+
+
+def test_a_revision_is_asked_for_and_makes_another_slice() -> None:
+    values = scenario(CHART / "ci" / "hub-values.yaml")
+    revision = values["model"]["revision"]
+    (container,) = slicing_job(values)["spec"]["template"]["spec"]["containers"]
+    _, *words = container["args"]
+    options = make_parser().parse_args(["slice", values["model"]["hub"], *words, "--output", "o"])
+    assert options.revision == revision
+    (line,) = re.findall(r"^ *sliceserve (plan .*)$", render_files(values)[NOTES], re.MULTILINE)
+    assert make_parser().parse_args(shlex.split(line)).revision == revision
+    found = [
+        output_of(slicing_job(with_values(values, "model.revision", other)))
+        for other in (revision, "v1", "")
+    ]
+    assert len(set(found)) == 3
+    without = {"model": {"hub": values["model"]["hub"]}}
+    assert output_of(slicing_job(without)) == found[2]
+    assert "--revision" not in json.dumps(slicing_job(without))
 
 
 def test_a_slice_is_known_by_what_its_download_is_asked_for() -> None:
@@ -152,16 +175,15 @@ def test_an_eviction_is_no_failure_and_a_bad_value_is_no_case_for_another_try() 
         "action": "Ignore",
         "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
     }
-    for values, ends in ((HUB, False), (HPA, True), (OCI, True)):
+    for values in (HUB, HPA, OCI):
         spec = slicing_job(values)["spec"]
-        # The first rule that matches counts, and whoever is evicted may end with 2 too.
-        first, *rest = spec["podFailurePolicy"]["rules"]
+        # The first rule that matches counts.
+        first, rule = spec["podFailurePolicy"]["rules"]
         assert first == evicted
-        assert [rule["action"] for rule in rest] == ["FailJob"] * ends
-        for rule in rest:
-            names = [found["name"] for found in spec["template"]["spec"]["containers"]]
-            assert names == [rule["onExitCodes"]["containerName"]]
-            assert not rule["onPodConditions"], "Kubernetes takes one of both"
+        assert rule["action"] == "FailJob"
+        names = [found["name"] for found in spec["template"]["spec"]["containers"]]
+        assert names == [rule["onExitCodes"]["containerName"]]
+        assert not rule["onPodConditions"], "Kubernetes takes one of both"
         assert spec["template"]["spec"]["restartPolicy"] == "Never", "or Kubernetes refuses it"
     downloads = slicing_job({"model": {"download": {"image": "tool:1"}}})
     assert "podFailurePolicy" not in downloads["spec"]
@@ -188,8 +210,18 @@ def test_what_cannot_be_used_ends_with_the_code_that_ends_the_job(
     assert not any(tmp_path.iterdir())
 
 
+def test_a_hub_out_of_reach_is_tried_again(tmp_path: Path) -> None:
+    job = slicing_job(HUB)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    done = run_here(container, {"/checkpoints": str(tmp_path)}, HF_HUB_OFFLINE="1")
+    assert "MODEL 'owner/name' is no directory here and the hub did not give it" in done.stderr
+    _, rule = job["spec"]["podFailurePolicy"]["rules"]
+    assert done.returncode == 1
+    assert done.returncode not in rule["onExitCodes"]["values"]
+
+
 def run_here(
-    container: dict[str, Any], places: dict[str, str]
+    container: dict[str, Any], places: dict[str, str], **environment: str
 ) -> "subprocess.CompletedProcess[str]":
     """A container's command with its paths replaced by those here."""
     words = container["command"] + container["args"]
@@ -197,7 +229,11 @@ def run_here(
         words = [word.replace(before, after) for word in words]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        words, capture_output=True, text=True, env=os.environ | {"PATH": path}, check=False
+        words,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": path} | environment,
+        check=False,
     )
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sliceserve.slicing.checkpoint import read_checkpoint_summary, staged_directory
-from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.errors import MachineError, UserError
 from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.parts import PartWriter, assemble_shards
 from sliceserve.slicing.weights import INDEX
@@ -125,7 +125,7 @@ def test_parents_are_made_and_removed_again_on_an_error(tmp_path: Path) -> None:
 
 def test_a_disk_without_room_is_refused_before_work(tmp_path: Path) -> None:
     with (
-        pytest.raises(UserError, match=r"needs about 1000000\.00 GB"),
+        pytest.raises(MachineError, match=r"needs about 1000000\.00 GB"),
         staged_directory(tmp_path / "out", 10**15),
     ):
         raise AssertionError("the block must not run")

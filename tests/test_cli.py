@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ from conftest import save_tiny, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sliceserve.slicing.cli import COMMANDS, main
+from sliceserve.slicing.errors import MachineError, UserError, reading
 
 COMMAND = [sys.executable, "-m", "sliceserve.slicing.cli"]
 
@@ -135,12 +137,78 @@ def test_a_sequence_longer_than_the_positions_is_refused(
     assert "--sequence-length 513 is more than the 512 positions" in refused(capsys, arguments)
 
 
-def test_an_unknown_hub_id_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_what_may_not_be_written_is_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sentence = refused(capsys, small(tiny, Path("/proc/none/out")))
+    assert "--output '/proc/none/out' cannot be written: " in sentence
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.EIO, "Input/output error", "x"), "[Errno 5] Input/output error: 'x'"),
+        (OSError(errno.ENOSPC, "No space left"), "[Errno 28] No space left"),
+        (OSError("a library's own words"), "a library's own words"),
+        (MemoryError(), "out of memory: MemoryError"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nAdvice"),
+            "out of memory: CUDA out of memory.",
+        ),
+        (MachineError("the hub sleeps"), "the hub sleeps"),
+    ],
+)
+def test_what_the_machine_fails_in_has_a_code_of_its_own(
+    error: Exception,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    sentence = refused(capsys, small("nobody/no-such-model", tmp_path / "out"))
-    assert "MODEL 'nobody/no-such-model'" in sentence
+    def fail(**_: object) -> int:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "inspect", fail)
+    assert main(["inspect", "anything"]) == 1
+    assert capsys.readouterr().err == f"sliceserve: error: {sentence}\n"
+
+
+def test_an_error_of_the_programs_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> int:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setitem(COMMANDS, "inspect", fail)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        main(["inspect", "anything"])
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.EIO, "Input/output error"), MachineError),
+        (OSError(errno.EACCES, "Permission denied"), UserError),
+        (OSError("not a tokenizer"), UserError),
+        (MemoryError(), MachineError),
+        (ValueError("bad bytes"), UserError),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_not_always_the_users_fault(
+    error: Exception, kind: type[Exception]
+) -> None:
+    with pytest.raises(kind, match=r"^file 'x' cannot be read: "), reading("file 'x'"):
+        raise error
+
+
+def test_a_host_without_memory_is_one_sentence() -> None:
+    """PyTorch's allocation of more than there are addresses fails."""
+    command = (
+        "import sys, torch; from sliceserve.slicing import cli;"
+        "cli.COMMANDS['inspect'] = lambda **_: torch.empty(10**16).numel();"
+        "sys.exit(cli.main(['inspect', 'x']))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("sliceserve: error: out of memory: ")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_a_write_that_fails_half_way_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
@@ -156,7 +224,7 @@ def test_a_write_that_fails_half_way_leaves_nothing(tiny: Path, tmp_path: Path) 
         preexec_fn=limit_file_size,
         check=False,
     )
-    assert result.returncode == 2, result.stderr
+    assert result.returncode == 1, result.stderr
     assert "out' cannot be written: " in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
@@ -179,7 +247,7 @@ def test_an_interrupt_leaves_nothing(signum: signal.Signals, tiny: Path, tmp_pat
             time.sleep(0.05)
         os.kill(process.pid, signum)
         _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2, errors
+    assert process.returncode == 128 + signum, errors
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
@@ -196,8 +264,18 @@ def test_an_interrupt_that_a_library_hides_is_one(
         return 0
 
     monkeypatch.setitem(COMMANDS, "inspect", hide)
-    assert main(["inspect", "anything"]) == 2
+    assert main(["inspect", "anything"]) == 128 + signal.SIGTERM
     assert capsys.readouterr().err.startswith("sliceserve: interrupted")
+
+
+@pytest.mark.parametrize("option", ["--resume", "--restart"])
+def test_who_resumes_is_told_to_go_on(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(COMMANDS, "slice", lambda **_: signal.raise_signal(signal.SIGTERM))
+    assert main(["slice", "m", "--output", "o", option]) == 143
+    said = "sliceserve: interrupted; the same command goes on where it stopped\n"
+    assert capsys.readouterr().err == said
 
 
 def test_slice_and_inspect_show_the_true_size(

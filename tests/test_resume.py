@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sliceserve.slicing import parts
 from sliceserve.slicing.cli import main
-from sliceserve.slicing.errors import UserError
+from sliceserve.slicing.errors import MachineError, UserError
 from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.parts import part_path
 from sliceserve.slicing.progress import Progress
@@ -211,7 +211,7 @@ def test_a_restart_leaves_what_another_run_is_writing(unfinished: SliceOptions) 
     before = sorted(partial.rglob("*"))
     descriptor = os.open(partial, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another run is writing"):
+    with pytest.raises(MachineError, match="another run is writing"):
         run_slice(restarted(unfinished, seed=1), show_progress=False)
     os.close(descriptor)
     assert sorted(partial.rglob("*")) == before
@@ -275,7 +275,7 @@ def test_a_wrong_resume_does_not_spoil_what_an_older_version_began(
 def test_two_runs_do_not_write_one_output(unfinished: SliceOptions) -> None:
     descriptor = os.open(unfinished.output.with_name(".out.partial"), os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another run is writing"):
+    with pytest.raises(MachineError, match="another run is writing"):
         run_slice(unfinished, show_progress=False)
     os.close(descriptor)
 
@@ -289,6 +289,16 @@ def test_a_memory_limit_that_is_too_small_is_refused(
     assert "--memory-limit 0.02 GB is too small for this model" in capsys.readouterr().err
     assert main([*arguments, "a lot"]) == 2
     assert "'a lot' is not a size such as 24GB" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_host_that_is_too_small_is_no_mistake_of_the_users(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sliceserve.slicing.memory.available_bytes", lambda: 0)
+    arguments = ["slice", str(tiny), "--output", str(tmp_path / "out"), "--samples", "4"]
+    assert main([*arguments, "--sequence-length", "32"]) == 1
+    assert "error: the memory left here of " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

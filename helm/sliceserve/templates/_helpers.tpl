@@ -44,13 +44,18 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if ne (len $sources) 1 -}}
 {{- fail (printf "name one model: one of model.hub, model.claim.name, model.image.reference and model.download.image must be set, not %d" (len $sources)) -}}
 {{- end -}}
+{{- if and $model.revision (not $model.hub) -}}
+{{- fail "model.revision needs model.hub" -}}
+{{- end -}}
 {{- first $sources -}}
 {{- end -}}
 
 {{/* Everything that makes one slice another: names its directory. */}}
 {{- define "sliceserve.slice" -}}
 {{- $download := pick .Values.model.download "command" "args" -}}
-{{- $model := merge (dict "download" $download) (omit .Values.model "servedName" "hubToken" "download") -}}
+{{- $model := merge (dict "download" $download) (omit .Values.model "servedName" "hubToken" "download" "revision") -}}
+{{- /* Only where it is set: slices from before there was one keep their names. */}}
+{{- with .Values.model.revision }}{{ $_ := set $model "revision" . }}{{ end -}}
 {{- /* --set makes strings of numbers with a point. */}}
 {{- $sizes := dict "fraction" (float64 .Values.slice.fraction) "target" (float64 .Values.slice.targetParams) -}}
 {{- merge $sizes (dict "model" $model "args" .Values.slice.extraArgs) | toJson | sha256sum | trunc 10 -}}

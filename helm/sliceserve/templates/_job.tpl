@@ -6,14 +6,12 @@ backoffLimit: {{ .Values.slice.backoffLimit }}
 {{- if empty .Values.model.download.image }}
 podFailurePolicy:
   rules:
-    # First, since a slice that is told to stop ends with 2 as well: one that is evicted has not failed.
+    # One that is evicted has not failed.
     - action: Ignore
       onPodConditions:
         - type: DisruptionTarget
           status: "True"
-    {{- /* Of the hub, 2 may also say that it did not answer. */}}
-    {{- if empty .Values.model.hub }}
-    # What is wrong with an argument is wrong the next time too.
+    # What is wrong with an argument is wrong the next time too; a signal, machine or network end with others.
     - action: FailJob
       onExitCodes:
         containerName: slice
@@ -21,7 +19,6 @@ podFailurePolicy:
         values: [2]
       # Nothing, but the schema of Kubernetes 1.28 requires it.
       onPodConditions: []
-    {{- end }}
 {{- end }}
 template:
   metadata:
@@ -115,6 +112,10 @@ template:
           # Said, so that a Job whose GPU is not found ends, rather than slice on the CPU.
           - --device
           - {{ empty $onGpus | ternary "cpu" "cuda" }}
+          {{- with .Values.model.revision }}
+          - --revision
+          - {{ . | quote }}
+          {{- end }}
           {{- range .Values.slice.extraArgs }}
           - {{ . | quote }}
           {{- end }}
