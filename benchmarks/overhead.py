@@ -2,11 +2,12 @@
 
     python benchmarks/overhead.py DIR --rounds 100
 
-Both servers run on this machine and are asked in turns, a few seconds each, so that what disturbs
-the machine meets both: requests one at a time, then many at once, all streamed and with prompts of
-their own, sent by what `vllm bench serve` sends them with. A round gives one difference; shown are
-their medians and between what bounds these lie with 95 % confidence. The smaller the model, the
-more the layers weigh.
+Both servers run on this machine, on its GPU if it has one, and are asked in turns, a few seconds
+each, so that what disturbs the machine meets both: requests one at a time, then many at once, all
+streamed and with prompts of their own, sent by what `vllm bench serve` sends them with. Neither
+writes a line a request. A round gives one difference; shown are their medians and between what
+bounds these lie with 95 % confidence. The smaller the model, the more the layers weigh. An
+interrupt ends it with the rounds that are done.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import asyncio
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +31,7 @@ from vllm.benchmarks.lib.endpoint_request_func import (
     RequestFuncOutput,
     async_request_openai_completions,
 )
+from vllm.platforms import current_platform
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 64, 32
 ALONE, AT_ONCE = 8, 128
@@ -39,6 +42,7 @@ FIGURES = (
     "CPU of the API's process, ms a request",
     f"{AT_ONCE} at once: requests/s",
     f"{AT_ONCE} at once: CPU of the API's process, ms a request",
+    f"{AT_ONCE} at once: parts of an answer",
 )
 
 
@@ -75,7 +79,7 @@ async def measure(
     alone = [await ask(session, server, next(prompts)) for _ in range(ALONE)]
     cpu.append(server.cpu_seconds())
     began = time.perf_counter()
-    await asyncio.gather(*(ask(session, server, next(prompts)) for _ in range(AT_ONCE)))
+    many = await asyncio.gather(*(ask(session, server, next(prompts)) for _ in range(AT_ONCE)))
     seconds = time.perf_counter() - began
     cpu.append(server.cpu_seconds())
     return [
@@ -84,13 +88,16 @@ async def measure(
         1e3 * (cpu[1] - cpu[0]) / ALONE,
         AT_ONCE / seconds,
         1e3 * (cpu[2] - cpu[1]) / AT_ONCE,
+        float(np.mean([1 + len(one.itl) for one in many])),
     ]
 
 
 async def measure_in_turns(servers: list[Server], directory: Path, rounds: int) -> np.ndarray:
-    """Return the figures, of shape (servers, rounds, figures)."""
+    """Return the figures, of shape (servers, rounds, figures); fewer rounds after an interrupt."""
     prompts = prompts_of(directory)
-    found = np.zeros((len(servers), rounds, len(FIGURES)))
+    found, done = np.zeros((len(servers), rounds, len(FIGURES))), 0
+    interrupted = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupted.set)
     timeout = aiohttp.ClientTimeout(total=600)
     # Shorter than the servers', which would close a connection as it is used again.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=1)
@@ -101,7 +108,10 @@ async def measure_in_turns(servers: list[Server], directory: Path, rounds: int) 
                 figures = await measure(session, servers[place], prompts)
                 if number >= 0:
                     found[place, number] = figures
-    return found
+            done = max(0, number + 1)
+            if interrupted.is_set():
+                break
+    return found[:, :done]
 
 
 def median_and_bounds(values: np.ndarray, form: str) -> str:
@@ -122,17 +132,23 @@ def main() -> int:
     options = parser.parse_args()
     directory = str(options.directory)
     os.environ["OPENAI_API_KEY"] = KEY
-    # On a CPU vLLM else has another process, which waits for the engine without ever sleeping.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if current_platform.is_cpu():
+        # vLLM else has another process, which waits for the engine without ever sleeping.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     with ExitStack() as running:
-        theirs = [*VLLM, "serve", directory, *options.options]
-        ours = [*SLICESERVE, "serve", directory, *options.options, "--access-log", "/dev/null"]
+        theirs = [*VLLM, "serve", directory, *options.options, "--disable-uvicorn-access-log"]
+        ours = [
+            *SLICESERVE, "serve", directory, *options.options,
+            "--disable-uvicorn-access-log", "--access-log", "off",
+        ]  # fmt: skip
         servers = [
             running.enter_context(served(theirs, "/health")),
             running.enter_context(served(ours, "/readyz")),
         ]
         found = asyncio.run(measure_in_turns(servers, options.directory, options.rounds))
-    print(f"| median of {options.rounds} | vLLM | sliceserve | difference | ratio |")
+    if not found.size:
+        sys.exit("interrupted before a round was done")
+    print(f"| median of {found.shape[1]} | vLLM | sliceserve | difference | ratio |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for place, figure in enumerate(FIGURES):
         vllm, sliceserve = found[:, :, place]

@@ -89,7 +89,7 @@ def arrange_routes(app: FastAPI) -> None:
 def answer_as_openai(app: FastAPI) -> None:
     """Have vLLM's error object answer for the router too, and for bodies that are no text.
 
-    Other origins are let in by a layer of ours, so that vLLM's has nothing to do but stand there.
+    Other origins are let in by a layer of ours: vLLM's is taken away.
     """
     answer: Any = app.exception_handlers[HTTPException]
 

@@ -23,6 +23,7 @@ ONLINE = ("Fp8PerTensorOnlineLinearMethod", "Fp8PtpcOnlineLinearMethod")
 STORED = "CompressedTensorsW8A8Fp8"
 STORED_INT8 = "CompressedTensorsW8A8Int8"
 NATIVE = 89  # the compute capability from which GPUs multiply fp8
+SPREAD = 4.0  # how far above the median a row may be in columns beside weights
 # They take what is rounded already, with a scale a token.
 SCALED = "CutlassFP8ScaledMMLinearKernel"
 SCALED_INT8 = "CutlassInt8ScaledMMLinearKernel"
@@ -111,11 +112,12 @@ def add_columns(weight: Tensor, scales: Tensor, columns: Tensor) -> tuple[Tensor
 
 def add_balanced_columns(
     weight: Tensor, scales: Tensor, columns: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Round columns by the scales of a matrix in int8 whose rows they are to continue.
 
-    Each column is divided by what makes its largest value fit; scales stay as they are, but of rows
-    of zeros, which get what their part of the columns needs.
+    Each column is divided by what makes its largest value fit. Scales stay as they are, but of rows
+    whose weights are much smaller beside the columns' than those of most rows: these would decide
+    for all others, and are rounded anew.
 
     Args:
         weight: [out, in] in int8.
@@ -123,14 +125,20 @@ def add_balanced_columns(
         columns: [out, more], not rounded.
 
     Returns:
-        The columns, the scales, and what each column was divided by, [more].
+        The matrix, the columns, the scales, and what each column was divided by, [more].
 
     """
     wide = columns.float()
-    empty = ~weight.any(1, keepdim=True)
+    known = torch.where(weight.any(1, keepdim=True), scales, 0.0)
     needed = wide.abs().amax(1, keepdim=True) / LARGEST[torch.int8]
-    known = torch.where(empty, torch.where(needed > 0, needed, 1.0), scales)
-    steps = wide / known
+    ratios = (needed / known)[(needed > 0) & (known > 0)]
+    most = SPREAD * ratios.median() if ratios.numel() else 1.0
+    grown = known.maximum(needed / most)
+    grown = torch.where(grown > 0, grown, 1.0)
+    stored = torch.where(known == grown, weight.float(), weight.float() * known / grown)
+    steps = wide / grown
     divisors = steps.abs().amax(0) / LARGEST[torch.int8]
     divisors = torch.where(divisors > 0, divisors, 1.0)
-    return round_to(steps / divisors, torch.int8), known, divisors
+    return (
+        round_to(stored, torch.int8), round_to(steps / divisors, torch.int8), grown, divisors,
+    )  # fmt: skip

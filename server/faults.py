@@ -46,14 +46,20 @@ class Faults:
         except Exception as error:
             exchange = exchange_of(scope)
             name = exchange.id if exchange is not None else "without an id"
-            if not answer.begun and not answer.was_cut and self._stumbled(error):
-                _logger.warning("Request %s cannot be read.", name, exc_info=True)
+            stumbled = self._stumbled(error)
+            if stumbled:
+                # Of the error the kind alone: its message may hold what the client wrote.
+                trace = "".join(traceback.format_tb(error.__traceback__))
+                kind = type(error).__name__
+                _logger.warning("Request %s cannot be read: %s\n%s", name, kind, trace)
+            else:
+                _logger.exception("Request %s failed.", name)
+            if answer.was_cut:
+                return
+            if stumbled and not answer.begun:
                 text = "The request has an input that the model or this server cannot take."
                 refusal = error_response(400, "BadRequestError", text)
                 await refusal(scope, receive, answer.send_instead)
-                return
-            _logger.exception("Request %s failed.", name)
-            if answer.was_cut:
                 return
             text = f"The request failed; the server's log says why of request {name}."
             if not answer.begun:

@@ -35,7 +35,7 @@ class Phase(StrEnum):
 class Lifecycle:
     """The server's phase and, within it, what it is doing since when.
 
-    One thread writes it and any may read it.
+    One thread writes it, and the one that bounds the start when that fails; any may read it.
     """
 
     phase: Phase = Phase.STARTING

@@ -212,9 +212,10 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
                 share.copy_((scales.flatten() * factors)[:, None])
             elif self.weight.dtype == torch.int8:
                 stored = self.weight.data.narrow(1, 0, offset)
-                rounded, scales, divisors = add_balanced_columns(
+                weight, rounded, scales, divisors = add_balanced_columns(
                     stored, self.weight_scale.data, added
                 )
+                stored.copy_(weight)
                 self.weight_scale.data.copy_(scales)
             else:
                 stored = self.weight.data.narrow(1, 0, offset)

@@ -125,7 +125,7 @@ class ServerMetrics:
             self._rejected.labels(model_name, reason)
         self._drained = Counter(
             "sliceserve_drained_requests",
-            "HTTP requests that ran when the server began to leave, by how they ended.",
+            "HTTP requests that ran when the server began to leave or its engine hung, by outcome.",
             ["model_name", "outcome"],
             registry=registry,
         )

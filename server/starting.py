@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+import psutil  # type: ignore[import-untyped]
 from vllm.logger import init_logger
 from vllm.utils.system_utils import kill_process_tree
 
@@ -21,6 +22,7 @@ _logger = init_logger("vllm.sliceserve.starting")
 
 # Seconds to end in good order once the engine's processes are killed.
 END_S = 10
+INTERVAL_S = 0.5
 
 
 @contextmanager
@@ -52,11 +54,14 @@ def start_within(seconds: float, lifecycle: Lifecycle) -> Iterator[None]:
             _doing(lifecycle),
         )
         lifecycle.enter(Phase.FAILING, "the start took too long")
-        for process in multiprocessing.active_children():
-            kill_process_tree(process.pid)
-        # What waits for these fails now; what does not is ended all the same.
-        time.sleep(END_S)
-        os._exit(1)
+        end = time.monotonic() + END_S
+        try:
+            # What waits for these fails now; what does not is ended all the same.
+            while time.monotonic() < end:
+                _kill_children()
+                time.sleep(INTERVAL_S)
+        finally:
+            os._exit(1)
 
     threading.Thread(target=watch, name="start-timeout", daemon=True).start()
     try:
@@ -67,6 +72,16 @@ def start_within(seconds: float, lifecycle: Lifecycle) -> Iterator[None]:
         raise
     finally:
         ended.set()
+    if late.is_set():
+        raise SystemExit(1)
+
+
+def _kill_children() -> None:
+    """Kill the processes of the engine, of which more may start meanwhile."""
+    for process in multiprocessing.active_children():
+        # One that has just ended.
+        with suppress(psutil.Error):
+            kill_process_tree(process.pid)
 
 
 def _doing(lifecycle: Lifecycle) -> str:

@@ -27,7 +27,7 @@ from sliceserve.slicing.quantize import QuantizeOptions, run_quantize
 from sliceserve.slicing.report import describe
 
 TOLERANCE = 0.1  # in bfloat16
-TOLERANCES = {"fp8": 0.5, "int8": 0.2}  # bfloat16 moves values across the middle of two steps
+TOLERANCES = {"fp8": 0.5, "int8": 0.3}  # bfloat16 moves values across the middle of two steps
 PROMPTS = [[1, 2, 3, 4, 5], list(range(200)), [7, 9, 11] * 20]
 FORMS: dict[str, dict[str, Any]] = {
     "whole": dict(PAPER),

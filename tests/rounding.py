@@ -61,6 +61,13 @@ def round_joined_int8(model: nn.Module, directory: Path) -> None:
             down, up = rotation.get_submodule("down"), rotation.get_submodule("up")
             (write,) = sublayer.writes
             rows = tensors[f"{path}.{write}.weight_scale"].to(up.weight.device)
+            writer = layer.get_submodule(write)
+            largest = up.weight.data.abs().amax(1, keepdim=True) / LARGEST[torch.int8]
+            # Rows with little of their own beside the rotation's are rounded anew.
+            grown = rows.maximum(largest / (4 * (largest / rows).median()))
+            if not torch.equal(grown, rows):
+                writer.weight.data = rounded(writer.weight.data, grown, torch.int8)
+            rows = grown
             balance = (up.weight.data / rows).abs().amax(0) / LARGEST[torch.int8]
             down.weight.data *= balance[:, None]
             down.weight.data = rounded(
@@ -69,8 +76,7 @@ def round_joined_int8(model: nn.Module, directory: Path) -> None:
             up.weight.data = rounded(up.weight.data / balance, rows, torch.int8)
             for linear in (down, *(layer.get_submodule(name) for name in sublayer.reads)):
                 _round_tokens(linear, torch.int8)
-            norm, writer = layer.get_submodule(sublayer.norm), layer.get_submodule(write)
-            _round_summed(norm, down, writer, up, torch.int8)
+            _round_summed(layer.get_submodule(sublayer.norm), down, writer, up, torch.int8)
 
 
 def round_joined(model: nn.Module, stored: bool) -> None:

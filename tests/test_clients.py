@@ -229,9 +229,11 @@ def test_no_text_of_prompts_and_answers_is_logged(
     assert refused.status_code == 400
     assert SAID not in refused.text
     # This error names the message that is wrong, to the client that has sent it.
-    wrong: Any = [MESSAGES[0] | {"role": 3}]
-    with pytest.raises(openai.BadRequestError):
-        client.chat.completions.create(model="sliced", messages=wrong)
+    part = {"type": "of no kind", "text": SAID}
+    for change in ({"role": 3}, {"content": [part]}):
+        wrong: Any = [MESSAGES[0] | change]
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(model="sliced", messages=wrong)
     form: Any = {"structured_outputs": {"choice": [ANSWERED]}}
     chosen = client.chat.completions.create(**ASKED, extra_body=form)
     assert chosen.choices[0].message.content == ANSWERED

@@ -56,18 +56,35 @@ def test_rows_have_scales_of_their_own() -> None:
 
 
 def test_columns_join_whole_numbers_whose_scales_stay() -> None:
-    stored, scales = round_rows(values(50, 24, 2.0), torch.int8)
-    stored[9] = 0
-    columns = values(8, 50, 6.0).T
+    stored, scales = round_rows(values(50, 24, 0.0), torch.int8)
+    columns = values(50, 8, 0.0) * torch.logspace(-3, 3, 8)
+    columns[:, 7] = columns[:, 6] * torch.linspace(-1, 1, 50)
+    columns[0] /= 100
     columns[:, 3] = 0
-    rounded, kept, divisors = add_balanced_columns(stored, scales, columns)
-    with_weights = torch.arange(50) != 9
-    assert torch.equal(kept[with_weights], scales[with_weights])
+    weight, rounded, kept, divisors = add_balanced_columns(stored, scales, columns)
+    assert torch.equal(weight, stored)
+    assert torch.equal(kept, scales)
     assert divisors.shape == (8,)
     # As large as eight bits hold, each: the sum of A·B over its directions is what it was.
     assert rounded.abs().amax(0).tolist() == [127, 127, 127, 0, 127, 127, 127, 127]
     error = (rounded.double() * kept * divisors - columns).abs()
     assert (error <= kept.double() * divisors * 0.50001).all()
+
+
+@pytest.mark.parametrize("shrunk", [1.0, 1e-1, 1e-3, 0.0])
+def test_a_row_with_little_of_its_own_does_not_decide_for_the_others(shrunk: float) -> None:
+    exact, columns = values(256, 512, 0.0), values(256, 64, 0.0)
+    exact[7] *= shrunk
+    stored, scales = round_rows(exact, torch.int8)
+    weight, rounded, grown, divisors = add_balanced_columns(stored, scales, columns)
+    back = rounded.double() * grown * divisors
+    assert (back - columns).norm() < 0.03 * columns.norm()
+    others = torch.arange(256) != 7
+    assert torch.equal(weight[others], stored[others])
+    assert torch.equal(grown[others], scales[others])
+    # Of its own sum, to which the columns add more now, the row loses no more than they do.
+    lost = (weight.double() * grown - exact)[7].abs()
+    assert lost.max() <= (grown[7] + scales[7]) * 0.50001
 
 
 @pytest.mark.parametrize("spread", [0.0, 4.0])

@@ -102,6 +102,8 @@ spec:
         - --distributed-executor-backend=ray
         {{- end }}
         - --drain-timeout={{ $server.drainTimeoutSeconds }}
+        {{- /* Before the startup probe gives up, so that the log says what the start was doing. */}}
+        - --start-timeout={{ max 30 (sub (mul $server.startupMinutes 60) 60) }}
         {{- if $server.maxModelLen }}
         - --max-model-len={{ int $server.maxModelLen }}
         {{- end }}
