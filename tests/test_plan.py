@@ -71,6 +71,24 @@ def test_opt_66b_at_a_quarter_cannot_be_on_four_cards_of_24_gib(tmp_path: Path) 
     assert plan.forms[1].weight_bytes > layers
 
 
+@pytest.mark.parametrize("rotation", ["shared", "low-rank"])
+@pytest.mark.parametrize(("share", "gpus"), [(0.97, 5), (0.99, 4)])
+def test_opt_66b_without_whole_rotations_is_on_four_cards_that_are_filled(
+    rotation: str, share: float, gpus: int, tmp_path: Path
+) -> None:
+    """By hand: the last stage of four has 16 layers of 12·D·d and the table."""
+    dense, width = 9216, 6912
+    stage = (16 * 12 * dense * width + OPT_66B.vocab_size * width) * 2
+    assert (stage < share * 24 * GIB) == (gpus == 4)
+    plan = plan_of(
+        save_config(tmp_path, OPT_66B),
+        fraction=[0.25],
+        rotation=[rotation],
+        gpu_memory_utilization=share,
+    )
+    assert [form.pipeline_gpus for form in plan.forms] == [6, gpus]
+
+
 @pytest.mark.parametrize("name", ["llama", *OTHER_CONFIGS])
 def test_dense_parameters_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     config = tiny_config() if name == "llama" else OTHER_CONFIGS[name]
