@@ -29,12 +29,15 @@ def scenario(path: Path) -> dict[str, Any]:
 
 
 def render_files(
-    values: dict[str, Any], kube_version: str = "1.33.0", chart: Path = CHART
+    values: dict[str, Any],
+    kube_version: str = "1.33.0",
+    chart: Path = CHART,
+    release: str = "demo",
 ) -> dict[str, str]:
     """Render every template, checked against the schema; also NOTES.txt."""
     loaded = helm_python.Chart.load(chart)
     loaded.validate_schema(values)
-    options = {"name": "demo", "namespace": "llm", "kube_version": kube_version}
+    options = {"name": release, "namespace": "llm", "kube_version": kube_version}
     # The public method cannot set a namespace beside a version in this release.
     rendered: dict[str, str] = json.loads(
         _native.call_string("helm_render", loaded._raw(), json.dumps(values), json.dumps(options))
@@ -43,10 +46,13 @@ def render_files(
 
 
 def render(
-    values: dict[str, Any], kube_version: str = "1.33.0", chart: Path = CHART
+    values: dict[str, Any],
+    kube_version: str = "1.33.0",
+    chart: Path = CHART,
+    release: str = "demo",
 ) -> list[Manifest]:
     """Render every manifest."""
-    files = render_files(values, kube_version, chart)
+    files = render_files(values, kube_version, chart, release)
     return [
         manifest
         for name, text in sorted(files.items())

@@ -189,6 +189,28 @@ def test_an_eviction_is_no_failure_and_a_bad_value_is_no_case_for_another_try() 
     assert "podFailurePolicy" not in downloads["spec"]
 
 
+def test_a_download_is_told_what_to_get_and_has_a_home_and_the_jobs_resources() -> None:
+    values: dict[str, Any] = {
+        "model": {
+            "download": {"image": "tool:1", "command": ["get"], "args": ["a model", "/model"]}
+        },
+        "slice": {"gpus": 1, "resources": {"requests": {"cpu": "2"}, "limits": {"memory": "9Gi"}}},
+    }
+    spec = slicing_job(values)["spec"]["template"]["spec"]
+    (download,), (slicer,) = spec["initContainers"], spec["containers"]
+    assert (download["command"], download["args"]) == (["get"], ["a model", "/model"])
+    limits = slicer["resources"]["limits"]
+    assert limits.pop("nvidia.com/gpu") == "1", "the download has none"
+    assert limits == {"memory": "9Gi"}
+    assert download["resources"] == slicer["resources"]
+    assert download["resources"]["requests"]["cpu"] == "2"
+    # A read-only root has no other place.
+    assert download["securityContext"]["readOnlyRootFilesystem"]
+    (home,) = (entry["value"] for entry in download["env"] if entry["name"] == "HOME")
+    (place,) = (found for found in download["volumeMounts"] if found["mountPath"] == home)
+    assert not place.get("readOnly")
+
+
 @pytest.mark.parametrize(
     ("slicing", "sentence"),
     [

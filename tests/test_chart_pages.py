@@ -111,6 +111,33 @@ def test_the_notes_plan_is_made(
         assert row.split()[-2:] == ["1", "1"]
 
 
+PROMETHEUS = {"monitoring": {"monitor": "pod"}}
+INGRESS = {"ingress": {"enabled": True, "host": "llm.example.com"}}
+ROUTE = {"httpRoute": {"enabled": True, "parentRefs": [{"name": "gateway"}]}}
+LET_IN = {"networkPolicy": {"ingressNamespaces": ["monitoring"]}}
+
+
+@pytest.mark.parametrize(
+    ("values", "callers"),
+    [
+        ({}, None),
+        (PROMETHEUS, "Prometheus"),
+        (INGRESS, "the Ingress controller"),
+        (ROUTE, "the gateway"),
+        (PROMETHEUS | ROUTE, "Prometheus and the gateway"),
+        (PROMETHEUS | INGRESS | ROUTE | LET_IN, None),
+        (PROMETHEUS | INGRESS | ROUTE | {"networkPolicy": {"enabled": False}}, None),
+    ],
+)
+def test_who_lets_no_namespace_in_is_told_who_stays_out(
+    values: dict[str, Any], callers: str | None
+) -> None:
+    lines = render_files(HUB | values)[NOTES].splitlines()
+    said = [line for line in lines if "ingressNamespaces is empty" in line]
+    assert bool(said) == bool(callers)
+    assert all(f" {callers} reach the server only from the namespace llm." in line for line in said)
+
+
 COMMANDS = [
     (page, command)
     for page in ("README.md", "docs/operate.md", "helm/sliceserve/README.md")

@@ -1,8 +1,11 @@
 """What the chart's pods are given: probes, sources, places, and who may reach them."""
 
+import re
 from typing import Any
 
+import kubernetes_validate
 import pytest
+from helm_python import HelmError
 from helm_render import (
     CHART,
     FULL,
@@ -15,6 +18,8 @@ from helm_render import (
     server_pod,
     with_values,
 )
+
+from sliceserve.server.serve import make_parser, parse_arguments
 
 OURS = {"app.kubernetes.io/instance": "demo", "app.kubernetes.io/name": "sliceserve"}
 
@@ -31,6 +36,12 @@ def policy(manifests: list[Manifest], name: str) -> Any:
 def job_pod(values: dict[str, Any]) -> Any:
     (job,) = of_kind(render(values), "Job")
     return job["spec"]["template"]["spec"]
+
+
+def served_with(values: dict[str, Any]) -> list[str]:
+    """The arguments of the server."""
+    (server,) = server_pod(values)["spec"]["containers"]
+    return list(server["args"])
 
 
 def volumes(pod: Any) -> dict[str, Any]:
@@ -73,7 +84,20 @@ def test_no_namespace_is_let_in_unless_it_is_named() -> None:
     assert rule["from"] == [{"podSelector": {}}]
 
 
-@pytest.mark.parametrize("minutes", [40, 90])
+def test_clients_that_are_no_pods_are_let_in_where_they_are_named() -> None:
+    peers = [
+        {"ipBlock": {"cidr": "192.0.2.0/24", "except": ["192.0.2.7/32"]}},
+        {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app": "client"}}},
+    ]
+    (before,) = policy(render(FULL), "server")["ingress"]
+    manifests = render(with_values(FULL, "networkPolicy.extraIngress", peers))
+    (rule,) = policy(manifests, "server")["ingress"]
+    assert rule == before | {"from": before["from"] + peers}
+    for one in of_kind(manifests, "NetworkPolicy"):
+        kubernetes_validate.validate(one, "1.28", strict=True)
+
+
+@pytest.mark.parametrize("minutes", [1, 40, 90])
 def test_each_probe_asks_its_route_and_a_long_load_has_its_time(minutes: int) -> None:
     values = with_values(FULL, "server.startupMinutes", minutes)
     (server,) = server_pod(values)["spec"]["containers"]
@@ -86,7 +110,11 @@ def test_each_probe_asks_its_route_and_a_long_load_has_its_time(minutes: int) ->
         "liveness": {"path": "/livez", "port": "http"},
     }
     startup = found["startup"]
-    assert startup["periodSeconds"] * startup["failureThreshold"] == minutes * 60
+    given_s = startup["periodSeconds"] * startup["failureThreshold"]
+    assert given_s == minutes * 60
+    # So that the log says what the start was doing before the kubelet ends it.
+    _, settings = parse_arguments(make_parser(), ["/checkpoint", *server["args"]])
+    assert 30 <= settings.start_timeout < given_s
 
 
 def test_a_load_of_140_gb_at_100_mb_a_second_is_waited_for() -> None:
@@ -122,6 +150,26 @@ def test_the_job_finds_the_model_wherever_it_is() -> None:
             assert download["envFrom"] == [{"secretRef": {"name": "object-storage"}}]
             assert {"name": "model", "mountPath": "/model"} in download["volumeMounts"]
         assert bool(pod.get("initContainers")) == (name == "cpu")
+
+
+@pytest.mark.parametrize("version", ["1.28.0", "1.30.9"])
+def test_an_image_volume_is_refused_where_kubernetes_has_none(version: str) -> None:
+    oci = scenario(CHART / "ci" / "oci-values.yaml")
+    sentence = f"model.image.reference needs Kubernetes 1.31 or newer, and this is v{version}"
+    with pytest.raises(HelmError, match=re.escape(sentence)):
+        render(oci, version)
+    assert of_kind(render(oci, "1.31.0"), "Job")
+    assert of_kind(render(HUB, version), "Job")
+
+
+def test_the_pod_of_helm_test_runs_where_the_server_does_and_keeps_its_log() -> None:
+    """Helm 3 asks for the log after it has deleted what is deleted on success."""
+    (pod,) = of_kind(render(FULL), "Pod")
+    server = server_pod(FULL)["spec"]
+    for key in ("nodeSelector", "tolerations"):
+        assert pod["spec"][key] == server[key]
+    annotations = pod["metadata"]["annotations"]
+    assert annotations["helm.sh/hook-delete-policy"] == "before-hook-creation"
 
 
 def test_pods_run_where_and_as_whom_they_should() -> None:
@@ -164,6 +212,10 @@ def test_answers_that_take_long_pass_the_ingress_and_the_route() -> None:
     assert matched["timeouts"] == {"request": "3600s"}
     plain = with_values(HUB, "ingress", {"enabled": True, "host": "llm.example.com"})
     (ingress,) = of_kind(render(plain), "Ingress")
+    annotations = ingress["metadata"]["annotations"]
     for what in ("read", "send"):
-        name = f"nginx.ingress.kubernetes.io/proxy-{what}-timeout"
-        assert ingress["metadata"]["annotations"][name] == "3600"
+        assert annotations[f"nginx.ingress.kubernetes.io/proxy-{what}-timeout"] == "3600"
+    # Its own limit is a megabyte.
+    size: str = annotations["nginx.ingress.kubernetes.io/proxy-body-size"]
+    _, settings = parse_arguments(make_parser(), ["/checkpoint", *served_with(plain)])
+    assert int(size.removesuffix("m")) * 2**20 == settings.max_body_size

@@ -161,6 +161,23 @@ def test_the_compose_file_fits_its_schema() -> None:
     check(yaml.safe_load(text))
 
 
+def test_the_composed_server_may_do_little() -> None:
+    """What the chart's pods may: no rights to gain, and no place to write but its caches."""
+    server = COMPOSE["services"]["server"]
+    assert server["read_only"] is True
+    assert server["cap_drop"] == ["ALL"]
+    assert server["security_opt"] == ["no-new-privileges:true"]
+    assert server["tmpfs"] == ["/tmp"]
+    writable = [volume for volume in server["volumes"] if not volume.endswith(":ro")]
+    assert writable == ["cache:/cache"]
+    assert not server.keys() & {"privileged", "cap_add", "user", "pid", "ipc", "network_mode"}
+    for service in COMPOSE["services"].values():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+    text = (DEPLOY / "compose.cpu.yaml").read_text().replace("!reset null", "{}")
+    (changed,) = yaml.safe_load(text)["services"].values()
+    assert changed.keys() == {"image", "build", "deploy"}, "and on a CPU it is the same"
+
+
 def test_the_image_gets_what_the_wheel_is_built_from() -> None:
     ignored = (REPOSITORY / ".dockerignore").read_text().splitlines()
     assert ignored[0] == "*"

@@ -47,6 +47,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if and $model.revision (not $model.hub) -}}
 {{- fail "model.revision needs model.hub" -}}
 {{- end -}}
+{{- if and $model.image.reference (semverCompare "<1.31.0-0" .Capabilities.KubeVersion.Version) -}}
+{{- fail (printf "model.image.reference needs Kubernetes 1.31 or newer, and this is %s" .Capabilities.KubeVersion.Version) -}}
+{{- end -}}
 {{- first $sources -}}
 {{- end -}}
 

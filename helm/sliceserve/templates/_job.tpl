@@ -75,10 +75,15 @@ template:
           - secretRef:
               name: {{ . }}
         {{- end }}
-        {{- with $.Values.slice.extraEnv }}
         env:
+          # Its root is read-only.
+          - name: HOME
+            value: /tmp
+          {{- with $.Values.slice.extraEnv }}
           {{- toYaml . | nindent 10 }}
-        {{- end }}
+          {{- end }}
+        resources:
+          {{- toYaml $.Values.slice.resources | nindent 10 }}
         securityContext:
           {{- include "sliceserve.securityContext" $ | nindent 10 }}
         volumeMounts:
