@@ -105,8 +105,8 @@ class Auth:
             await self.app(scope, receive, send)
             return
         scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and self._keys.accepts(token.strip()):
-            note_key(scope, key_name(token.strip()))
+        if scheme.lower() == "bearer" and self._keys.accepts(key := token.strip()):
+            note_key(scope, key_name(key))
             await self.app(scope, receive, send)
             return
         challenge = 'Bearer realm="sliceserve"'

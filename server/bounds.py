@@ -62,13 +62,13 @@ def find_excess(given: dict[str, Any], bounds: Bounds) -> Excess | None:
                 "n" if prompts == 1 else several,
                 f"The request asks for {sequences} sequences, and {bounds.sequences} are allowed.",
             )
-        for name in _OUTPUT_TOKENS:
-            tokens = _number(asked.get(name))
+        for name in filter(asked.__contains__, _OUTPUT_TOKENS):
+            tokens = _number(asked[name])
             if bounds.output_tokens is not None and tokens > bounds.output_tokens:
                 return Excess(
                     name, f"{name} is {tokens}, and {bounds.output_tokens} tokens are allowed."
                 )
-        for name in _STOPS:
+        for name in filter(asked.__contains__, _STOPS):
             stops = asked.get(name)
             if isinstance(stops, list) and len(stops) > bounds.stops:
                 return Excess(
@@ -81,7 +81,7 @@ def find_excess(given: dict[str, Any], bounds: Bounds) -> Excess | None:
                     name,
                     f"A stop string has {longest} characters, and {STOP_CHARACTERS} are allowed.",
                 )
-        for name in _FORMS:
+        for name in filter(asked.__contains__, _FORMS):
             characters = sum(map(len, _expressions(asked.get(name))))
             if characters > EXPRESSION_CHARACTERS:
                 return Excess(
