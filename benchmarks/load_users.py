@@ -34,16 +34,16 @@ def tell(environment: Environment, **_: object) -> None:
 
 
 class Reader(HttpUser):
-    """Sends one request after the other; a quarter of them is left after the first tokens."""
+    """Sends one request after the other; a third of them is left after the first tokens."""
 
-    @task
+    @task(2)
     def whole(self) -> None:
         """Ask for an answer in one piece."""
         body = self._body(1, stream=False)
         with self._post(body, "whole") as answer:
             self._check(answer, answer.json().get("usage"), body, "whole")
 
-    @task
+    @task(2)
     def stream(self) -> None:
         """Read a stream to its end."""
         body = self._body(1, stream=True)
@@ -54,7 +54,7 @@ class Reader(HttpUser):
                 usage = json.loads(lines[-2].removeprefix(b"data: ")).get("usage")
             self._check(answer, usage, body, "stream")
 
-    @task
+    @task(3)
     def left(self) -> None:
         """Leave a stream after some tokens."""
         body, most = self._body(100, stream=True), int(RANDOM.integers(1, 21))
@@ -77,7 +77,7 @@ class Reader(HttpUser):
             left_at_most=body["max_tokens"],
         )
 
-    @task
+    @task(2)
     def refused(self) -> None:
         """Ask for more than the server allows."""
         with self._post(self._body(1, stream=False) | {"n": TOO_MANY}, "refused") as answer:

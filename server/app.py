@@ -181,7 +181,7 @@ async def serve(
         serving, drain = while_serving(
             app, engine, probe, access, settings, lifecycle, metrics, log, traces=traces
         )
-        listener = make_listener(serving, args)
+        listener = make_listener(serving, args, metrics.count_refused_head)
         app.state.server = listener  # vLLM's handlers of a dead engine's errors stop it
         _logger.info("Serving %s on %s", ", ".join(args.served_model_name), address)
         lifecycle.enter(Phase.SERVING, "answering requests")

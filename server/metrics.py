@@ -14,6 +14,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from sliceserve.server.drain import METRICS
 from sliceserve.server.exchange import Outcome, Refusal
+from sliceserve.server.protocol import HEAD_STATUSES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,6 +109,8 @@ class ServerMetrics:
             "Parameters of the model, before (dense) and after (sliced) slicing.",
             "form",
         )
+        # Looking a series up by its labels takes longer than counting.
+        self._answered: dict[tuple[str, str], Counter] = {}
         self._http_responses = Counter(
             "sliceserve_http_responses",
             "HTTP requests by route and status, of streams that failed that of their error; "
@@ -123,6 +126,14 @@ class ServerMetrics:
         )
         for reason in Refusal:
             self._rejected.labels(model_name, reason)
+        self._refused_heads = Counter(
+            "sliceserve_refused_heads",
+            "Heads of requests that were too slow, too large or no HTTP, by the status of refusal.",
+            ["model_name", "status"],
+            registry=registry,
+        )
+        for status in HEAD_STATUSES:
+            self._refused_heads.labels(model_name, str(status))
         self._drained = Counter(
             "sliceserve_drained_requests",
             "HTTP requests that ran when the server began to leave or its engine hung, by outcome.",
@@ -173,9 +184,16 @@ class ServerMetrics:
     def count_response(self, exchange: Exchange) -> None:
         """Add one HTTP request that is over."""
         status = "disconnected" if exchange.disconnected else exchange.failed or exchange.status
-        self._http_responses.labels(self._model_name, exchange.route, str(status)).inc()
+        labels = (exchange.route, str(status))
+        if (series := self._answered.get(labels)) is None:
+            series = self._answered[labels] = self._http_responses.labels(self._model_name, *labels)
+        series.inc()
         if exchange.refused is not None:
             self._rejected.labels(self._model_name, exchange.refused).inc()
+
+    def count_refused_head(self, status: int) -> None:
+        """Add one head that was refused before it was a request."""
+        self._refused_heads.labels(self._model_name, str(status)).inc()
 
     def count_drained(self, outcome: Outcome) -> None:
         """Add one HTTP request that was running when the server began to leave."""

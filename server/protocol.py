@@ -19,6 +19,7 @@ REST_S = 60.0  # for what is left of a body once its request is answered: as a b
 # In the place of the defaults of vLLM's options of this meaning, 4 MiB and 256.
 HEAD_BYTES = 64 * 2**10  # as most servers and proxies take at most
 HEADERS = 128  # clients send about 10, and proxies add as many
+HEAD_STATUSES = (400, 408, 431)  # of refusals
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -30,13 +31,15 @@ class BoundedProtocol(HttpToolsProtocol):
     packet in which another request ends and a head begins does not count for that head.
 
     A refusal is an OpenAI error object. It ends the connection, after the answers to requests that
-    came before it.
+    came before it. The configuration's `refused_head`, if it has one, is told the status of each
+    refusal of what has not become a request.
     """
 
     def __init__(self, config: Config, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._most_bytes = config.h11_max_incomplete_event_size or HEAD_BYTES
         self._most_headers = getattr(config, "h11_max_header_count", HEADERS)
+        self._refused_head = getattr(config, "refused_head", None)
         self._clock: asyncio.TimerHandle | None = None
         # Bytes since the last packet in which a head was complete, a body came or a request ended.
         self._size = 0
@@ -138,6 +141,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """Answer with an error and end the connection; what comes after it is ignored."""
         self._over = True
         self._stop_clock()
+        if self._refused_head is not None and not self._in_body:
+            self._refused_head(status)
         owed = self.cycle is not None and not self.cycle.response_complete
         if owed and (self.pipeline or not self._in_body):
             self.cycle.keep_alive = False  # ends the connection with the last answer

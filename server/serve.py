@@ -71,6 +71,7 @@ def main(argv: list[str]) -> int:
 
     from sliceserve.server.access_log import OFF, open_access_log
     from sliceserve.server.app import access_of, serve
+    from sliceserve.server.listener import check_tls
 
     access = access_of(settings, args)
     refuse_limits_without_keys(settings, keyed=bool(access.keys))
@@ -78,6 +79,7 @@ def main(argv: list[str]) -> int:
     log = open_access_log(settings.access_log)
     args.disable_uvicorn_access_log |= settings.access_log != OFF
     confine(args, keyed=bool(access.keys), insecure=settings.insecure)
+    check_tls(args)
     address, bound = _bind(args)
     with contextlib.closing(bound):
         vllm_config = _engine_config(args)

@@ -4,11 +4,12 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -82,6 +83,25 @@ def test_a_trace_leads_from_the_client_to_the_engine(
     assert values["http.response.status_code"].int_value == 200
     assert values["sliceserve.request.id"].string_value == "traced"
     assert "gen_ai.usage.completion_tokens" in {pair.key for pair in theirs.attributes}
+
+
+def test_no_span_has_a_key(hurried: ServerProcess, collector: Collector) -> None:
+    """Of what was answered and of what was refused, ours and vLLM's."""
+
+    def has(status: int) -> Callable[[Any], bool]:
+        return lambda span: any(
+            pair.key == "http.response.status_code" and pair.value.int_value == status
+            for pair in span.attributes
+        )
+
+    for key, status in ((FIXED_KEY, 200), ("guessed", 401)):
+        assert post(hurried, key, max_tokens=1).status_code == status
+        parent = collector.wait_for(has(status))
+        assert parent.name == "POST /v1/completions"
+    collector.wait_for(lambda span: span.name == "llm_request")
+    for span in collector.spans:
+        for key in (FIXED_KEY, OTHER_KEY, "guessed"):
+            assert key.encode() not in span.SerializeToString(), span.name
 
 
 def test_what_takes_too_long_ends_and_frees_the_engine(hurried: ServerProcess) -> None:

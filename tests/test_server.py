@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import socket
+import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -28,6 +30,7 @@ from helm_render import (
 from prometheus_client.parser import text_string_to_metric_families
 from real_prometheus import answer_of, filled_in, scraping
 from server_process import STOP_SECONDS, reserved_port, serving, wait_until_gone
+from test_rules import PROMTOOL, needs_promtool
 from transformers import AutoTokenizer
 
 from sliceserve.server.serve import confine, main, make_parser, parse_arguments
@@ -250,12 +253,47 @@ def test_metrics_show_vllm_series_and_ours(server: Server) -> None:
     assert "vllm:num_requests_running" in names
     ours = """
         gpus gpu_seconds_total parameters ready running_requests queued_prompt_tokens
-        rejected_total drained_requests_total
+        rejected_total refused_heads_total drained_requests_total
         request_latency_seconds_bucket queue_time_seconds_bucket time_to_first_token_seconds_bucket
         time_per_output_token_seconds_bucket prompt_tokens_total generation_tokens_total
     """
     assert names >= {f"sliceserve_{name}" for name in ours.split()}
     assert not names & GPU_SERIES
+
+
+# What our names say that they count, before `_total`, and all labels that ours may have.
+UNITS = r".*_(seconds|bytes|ratio|tokens|requests|responses|heads)|gpus|parameters|rejected|ready"
+LABELS = {"model_name", "form", "gpu", "le", "outcome", "reason", "route", "status"}
+
+
+def own_metrics(server: Server) -> str:
+    """What `/metrics` shows of our families, but for the client library's times of creation."""
+    server.get("/v1/models")  # requests are counted from the first on
+    lines = re.findall(r"^(?:# \w+ )?sliceserve_.*\n", server.get("/metrics")[1], re.MULTILINE)
+    return "".join(line for line in lines if not re.search(r"sliceserve_\w+_created\b", line))
+
+
+def test_our_series_are_named_as_is_usual(server: Server) -> None:
+    text = own_metrics(server)
+    # By the lines themselves: the parser gives a counter's samples the ending if they lack it.
+    types = dict(re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE))
+    assert set(types.values()) == {"counter", "gauge", "histogram"}
+    for name, kind in types.items():
+        assert (kind == "counter") == name.endswith("_total"), name
+    families = list(text_string_to_metric_families(text))
+    assert len(families) == len(types)
+    for family in families:
+        assert family.documentation, family.name
+        assert re.fullmatch(UNITS, family.name.removeprefix("sliceserve_")), family.name
+        for sample in family.samples:
+            assert {"model_name"} <= sample.labels.keys() <= LABELS, sample
+
+
+@needs_promtool
+def test_promtool_finds_nothing_wrong_with_our_series(server: Server) -> None:
+    command, text = [str(PROMTOOL), "check", "metrics"], own_metrics(server)
+    result = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout + result.stderr) == (0, "")
 
 
 def test_metrics_tell_the_model_and_its_devices(server: Server) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,13 @@ def test_a_bad_value_is_named_with_its_source(
 def test_without_a_key_only_this_machine_is_served(host: str, tiny_sliced: Path) -> None:
     with pytest.raises(UserError, match=f"--host {host}: .*--insecure"):
         main([str(tiny_sliced), "--host", host])
+
+
+def test_tls_is_checked_before_the_address(tiny_sliced: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        arguments = ["--port", str(taken.getsockname()[1]), "--ssl-keyfile", "key.pem"]
+        with pytest.raises(UserError, match=r"^--ssl-keyfile key\.pem: there is no --ssl-certfile"):
+            main([str(tiny_sliced), *arguments])
 
 
 def test_limits_of_keys_need_keys(tiny_sliced: Path, monkeypatch: pytest.MonkeyPatch) -> None:

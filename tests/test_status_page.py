@@ -1,5 +1,6 @@
 """The status page in a real browser before a server that says what it likes, and its figures."""
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -17,7 +18,7 @@ import pytest
 import uvicorn
 from axe_playwright_python.sync_playwright import Axe
 from browser import needs_chromium, opened
-from playwright.sync_api import Error, Page, expect
+from playwright.sync_api import Error, Page, expect, sync_playwright
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
@@ -49,6 +50,7 @@ STATUS: dict[str, Any] = {
     "time_to_first_token_seconds": 0.0123,
     "time_per_output_token_seconds": None,
 }  # fmt: skip
+ENDLESS = "the stream stays open"
 USAGE = {"choices": [], "usage": {"completion_tokens": 2}}
 
 
@@ -69,10 +71,13 @@ async def chat(request: Request) -> Any:
         return error_response(400, "BadRequestError", message["content"])
 
     async def events() -> AsyncIterator[bytes]:
-        whole = "".join(f"data: {json.dumps(e)}\n\n" for e in json.loads(message["content"]))
+        listed = json.loads(message["content"])
+        whole = "".join(f"data: {json.dumps(e)}\n\n" for e in listed if e != ENDLESS)
         # In pieces that end within characters and lines.
         for start in range(0, len(whole.encode()), 7):
             yield whole.encode()[start : start + 7]
+        if ENDLESS in listed:
+            await asyncio.Event().wait()
 
     return StreamingResponse(events(), media_type="text/event-stream")
 
@@ -258,6 +263,43 @@ def test_what_goes_wrong_is_told(address: str, message: str, answer: str, outcom
         expect(page.locator("#outcome")).to_have_text(outcome)
         assert page.locator("#answer").text_content() == answer
         expect(page.get_by_role("button", name="Send")).to_be_visible()
+
+
+@needs_chromium
+def test_an_answer_without_an_end_can_be_stopped(address: str) -> None:
+    with opened(address) as (page, complaints):
+        unlock(page)
+        page.get_by_label("Message").fill(json.dumps([chunk("half"), ENDLESS]))
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator("#answer")).to_have_text("half")
+        page.get_by_role("button", name="Stop").click()
+        expect(page.locator("#outcome")).to_have_text("Stopped.")
+        expect(page.get_by_role("button", name="Stop")).to_have_count(0)
+        assert page.locator("#answer").text_content() == "half"
+        page.get_by_label("Message").fill(json.dumps([chunk("whole"), USAGE]))
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator("#answer")).to_have_text("whole")
+        assert complaints == []
+
+
+@needs_chromium
+def test_a_phone_shows_the_page_in_its_width_and_takes_touches(address: str) -> None:
+    with sync_playwright() as playwright:
+        phone = playwright.devices["Pixel 7"]
+    with opened(address, **phone) as (page, complaints):
+        assert page.evaluate("matchMedia('(pointer: coarse)').matches")
+        page.get_by_label("API key").tap()
+        page.keyboard.type(KEY)
+        page.get_by_role("button", name="Open").tap()
+        page.get_by_label("Message").tap()
+        page.keyboard.type(json.dumps([chunk("fine"), USAGE]))
+        page.get_by_role("button", name="Send").tap()
+        expect(page.locator("#answer")).to_have_text("fine")
+        # Without a viewport of the device's width it would be laid out 980 pixels wide.
+        width = phone["viewport"]["width"]
+        assert page.evaluate("innerWidth") == width
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert complaints == []
 
 
 @needs_chromium
