@@ -14,8 +14,8 @@ from tqdm import tqdm
 from sliceserve.slicing.checkpoint import read_checkpoint_summary
 from sliceserve.slicing.config import MODEL_TYPE
 from sliceserve.slicing.dense import open_dense_model
-from sliceserve.slicing.errors import UserError, reason
-from sliceserve.slicing.source import locate, quiet_transformers, read_json_object
+from sliceserve.slicing.errors import Kind, MachineError, UserError, fault, reason
+from sliceserve.slicing.source import Location, locate_all, quiet_transformers, read_json_object
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class SpeedOptions:
         pipeline_parallel_size: GPUs, or groups of them, that take turns.
         gpu_memory_utilization: share of a GPU's memory for vLLM; None takes vLLM's.
         enforce_eager: without compilation and CUDA graphs.
+        revision: of the one model that is on the hub; None takes its main branch.
 
     """
 
@@ -46,6 +47,7 @@ class SpeedOptions:
     pipeline_parallel_size: int = 1
     gpu_memory_utilization: float | None = None
     enforce_eager: bool = False
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Speed:
         dtype: that it ran in.
         vllm: the version of vLLM.
         batches: in the order of the options.
+        commit: of a model from the hub, 40 hexadecimal digits.
 
     """
 
@@ -88,6 +91,7 @@ class Speed:
     dtype: str
     vllm: str
     batches: tuple[BatchSpeed, ...]
+    commit: str | None = None
 
 
 def compare_speed(
@@ -101,20 +105,23 @@ def compare_speed(
         show_progress: whether to show a bar.
 
     Raises:
-        UserError: vLLM is not installed or cannot load a model.
+        UserError: vLLM is not installed, no such model or revision, or vLLM cannot load it.
+        MachineError: the hub did not give a model, or an engine did not start or ended early.
 
     """
     # All names are checked before minutes are spent on the first.
-    counts = {model: count_parameters(model) for model in models}
+    locations = dict(zip(models, locate_all(models, options.revision), strict=True))
+    counts = {model: count_parameters(model, where) for model, where in locations.items()}
     found: dict[str, Speed] = {}
     bar = tqdm(counts.items(), disable=not show_progress, unit="model")
     for model, parameters in bar:
         bar.set_description(f"measuring {model}")
+        arguments = (model, locations[model], parameters, options)
         with ProcessPoolExecutor(1, get_context("spawn"), _log_to_stderr) as pool:
             try:
-                found[model] = pool.submit(measure_speed, model, parameters, options).result()
+                found[model] = pool.submit(measure_speed, *arguments).result()
             except BrokenProcessPool:
-                raise UserError(
+                raise MachineError(
                     f"the process that ran {model!r} ended early: is there enough memory?"
                 ) from None
     return found
@@ -125,14 +132,17 @@ def _log_to_stderr() -> None:
     os.dup2(2, 1)
 
 
-def count_parameters(model: str) -> int:
+def count_parameters(model: str, location: Location) -> int:
     """Count the numbers that a dense model or a sliced checkpoint stores.
+
+    Args:
+        model: its name.
+        location: where it lies.
 
     Raises:
         UserError: not a model, or a GGUF file.
 
     """
-    location = locate(model)
     if location.gguf_file:
         raise UserError(f"MODEL_OR_DIR {model!r} is a GGUF file, which is not measured")
     config = location.directory / "config.json"
@@ -141,11 +151,18 @@ def count_parameters(model: str) -> int:
     return open_dense_model(str(location.directory)).parameters
 
 
-def measure_speed(model: str, parameters: int, options: SpeedOptions) -> Speed:
+def measure_speed(model: str, location: Location, parameters: int, options: SpeedOptions) -> Speed:
     """Measure one model in this process.
 
+    Args:
+        model: its name.
+        location: where it lies.
+        parameters: that it stores.
+        options: what is run.
+
     Raises:
-        UserError: vLLM is not installed or cannot load the model.
+        UserError: vLLM is not installed, or cannot load the model as the options say.
+        MachineError: the engine did not start, or ended while it ran.
 
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -157,18 +174,18 @@ def measure_speed(model: str, parameters: int, options: SpeedOptions) -> Speed:
         os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     quiet_transformers()
     start = time.perf_counter()
-    engine = _engine(model, options)
-    ready = time.perf_counter() - start
+    engine = _engine(model, location, options)
     config = engine.llm_engine.vllm_config
-    vocabulary = config.model_config.get_vocab_size()
-    batches = []
-    for size in options.batch_size:
-        run = _runner(engine, vocabulary, size, options.input_len)
-        run(2)
-        ttft = min(run(1) for _ in range(options.repeats))
-        whole = min(run(options.output_len) for _ in range(options.repeats))
-        itl = (whole - ttft) / (options.output_len - 1)
-        batches.append(BatchSpeed(size, ttft, itl, size * options.output_len / whole))
+    try:
+        if options.load_format == "dummy":
+            from sliceserve.server.dummies import keep_stream
+
+            engine.apply_model(keep_stream)
+        ready = time.perf_counter() - start
+        batches = _run_batches(engine, config.model_config.get_vocab_size(), options)
+    except Exception as error:
+        # Everything is caught: options and model were fine when it loaded.
+        raise MachineError(f"vLLM failed while it ran {model!r}: {reason(error)}") from error
     import vllm
     from vllm.platforms import current_platform
 
@@ -180,11 +197,12 @@ def measure_speed(model: str, parameters: int, options: SpeedOptions) -> Speed:
         str(current_platform.get_device_name()),
         str(config.model_config.dtype).removeprefix("torch."),
         vllm.__version__,
-        tuple(batches),
+        batches,
+        location.commit,
     )
 
 
-def _engine(model: str, options: SpeedOptions) -> Any:
+def _engine(model: str, location: Location, options: SpeedOptions) -> Any:
     try:
         from vllm import LLM
     except ImportError as error:
@@ -193,8 +211,8 @@ def _engine(model: str, options: SpeedOptions) -> Any:
     if options.gpu_memory_utilization is not None:
         further["gpu_memory_utilization"] = options.gpu_memory_utilization
     try:
-        engine = LLM(
-            model=str(locate(model).directory),
+        return LLM(
+            model=str(location.directory),
             dtype=options.dtype,
             load_format=options.load_format,
             tensor_parallel_size=options.tensor_parallel_size,
@@ -206,14 +224,32 @@ def _engine(model: str, options: SpeedOptions) -> Any:
             enable_prefix_caching=False,
             **further,
         )
-        if options.load_format == "dummy":
-            from sliceserve.server.dummies import keep_stream
-
-            engine.apply_model(keep_stream)
-        return engine
     except Exception as error:
         # Everything is caught: bad models, too little memory, missing kernels, all its own.
-        raise UserError(f"vLLM cannot load {model!r}: {reason(error)}") from error
+        raise _loading_fault(error)(f"vLLM cannot load {model!r}: {reason(error)}") from error
+
+
+def _loading_fault(error: Exception) -> Kind:
+    """Return what to raise for an error of vLLM's while it loads a model.
+
+    It says what options or a checkpoint have wrong by ValueErrors, but also that memory is short.
+    """
+    if isinstance(error, RuntimeError) or "memory" in str(error).lower():
+        return MachineError
+    return fault(error)
+
+
+def _run_batches(engine: Any, vocabulary: int, options: SpeedOptions) -> tuple[BatchSpeed, ...]:
+    """Measure every batch of the options."""
+    batches = []
+    for size in options.batch_size:
+        run = _runner(engine, vocabulary, size, options.input_len)
+        run(2)
+        ttft = min(run(1) for _ in range(options.repeats))
+        whole = min(run(options.output_len) for _ in range(options.repeats))
+        itl = (whole - ttft) / (options.output_len - 1)
+        batches.append(BatchSpeed(size, ttft, itl, size * options.output_len / whole))
+    return tuple(batches)
 
 
 def _runner(
@@ -282,4 +318,5 @@ def describe_speed(found: dict[str, Speed], options: SpeedOptions) -> str:
         f"{options.input_len} tokens in, {options.output_len} out, fastest of {options.repeats}; "
         f"{first.dtype}, vLLM {first.vllm} on {gpus} × {first.device}"
     )
+    text += [f"{model}: commit {speed.commit}" for model, speed in found.items() if speed.commit]
     return "\n".join(text)

@@ -222,6 +222,7 @@ def _add_benchmark(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.set_defaults(command="benchmark")
     parser.add_argument("model", metavar="MODEL_OR_DIR", help="a dense or a sliced model")
     parser.add_argument("--against", metavar="MODEL_OR_DIR", help="another, the first column")
+    _add_revision(parser, "of the one model that is a hub id (its main branch)")
     parser.add_argument(
         "--batch-size", type=values.number, nargs="+", default=[1, 8, 64], help="requests at once"
     )

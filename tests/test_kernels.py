@@ -68,6 +68,14 @@ def exactly_joined(a: Tensor, u: Tensor, rho: Tensor | None, gates: bool) -> Ten
     return torch.cat([left, right if rho is None else right * rho.double()], -1)
 
 
+def rows_of_all_sizes() -> tuple[Tensor, Tensor, None, bool]:
+    """Rows of nothing, of little and of nearly all that float32 holds, and halves of a step."""
+    halves = torch.arange(-127, 127) + 0.5
+    row = torch.cat([halves, torch.tensor([127.0, 0.0])])
+    rows = torch.stack([row * size for size in (0.0, 1e-30, 2.0**-20, 1.0, 2.0**120)])
+    return rows[:, :-9], rows[:, -9:], None, False
+
+
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     work = tmp_path_factory.mktemp("interpreted")
@@ -75,7 +83,10 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]
         "gated": [(*inputs(*case), EPS) for case in CASES],
         # The interpreter rounds to fp8 wrongly below powers of two: q is left unrounded.
         "rounded": [(*rounded_inputs(*case), FP8, torch.float32) for case in ROUNDED],
-        "whole": [(*rounded_inputs(*case), torch.int8) for case in ROUNDED],
+        "whole": [
+            *((*rounded_inputs(*case), torch.int8) for case in ROUNDED),
+            (*rows_of_all_sizes(), torch.int8),
+        ],
     }
     torch.save(cases, work / "inputs")
     subprocess.run(
@@ -115,6 +126,16 @@ def test_whole_numbers_are_the_nearest(index: int, interpreted: dict[str, list[A
         assert_close(scale.double(), y.abs().amax(-1, keepdim=True) / 127, rtol=1e-6, atol=0)
         assert ((q.double() * scale - y).abs() <= scale.double() * 0.50001).all()
         assert q.abs().amax(-1).tolist() == [127] * len(q)
+
+
+def test_rows_of_all_sizes_are_rounded(interpreted: dict[str, list[Any]]) -> None:
+    y = exactly_joined(*rows_of_all_sizes())
+    for q, scale in (interpreted["whole"][-1], rounded(*rows_of_all_sizes(), torch.int8)):
+        assert scale.isfinite().all()
+        assert (scale > 0).all()
+        assert ((q.double() * scale - y).abs() <= scale.double() * 0.50001).all()
+        # Less than the smallest scale is nothing.
+        assert q.abs().amax(-1).tolist() == [0, 0, 28, 127, 127]
 
 
 @pytest.mark.parametrize("case", ROUNDED)

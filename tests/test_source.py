@@ -117,7 +117,7 @@ def test_a_name_that_the_hub_cannot_have_is_refused(
     assert not hub.fetched
 
 
-@pytest.mark.parametrize("command", ["slice", "plan", "perplexity", "evaluate"])
+@pytest.mark.parametrize("command", ["slice", "plan", "perplexity", "evaluate", "benchmark"])
 @pytest.mark.parametrize("kind", ["directory", "m.gguf"])
 def test_a_revision_of_a_path_is_refused(
     command: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -136,6 +136,7 @@ def test_a_revision_of_a_path_is_refused(
         "plan": ["--gpu-memory", "1GiB"],
         "perplexity": ["--text", str(text)],
         "evaluate": ["--tasks", "piqa", "--data", str(tmp_path)],
+        "benchmark": [],
     }
     assert main([command, str(model), "--revision", "v1", *more[command]]) == 2
     assert_one_sentence(capsys, "--revision 'v1' is of ")

@@ -2,19 +2,28 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
+from unittest import mock
 
 import pytest
+from local_hub import NAME, Hub, serving_hub
 from server_process import ENVIRONMENT
 from test_report import Page
 from test_vllm import read_results, run_script
 
-from sliceserve.server.speed import BatchSpeed, Speed, SpeedOptions, describe_speed
+from sliceserve.server.speed import BatchSpeed, Speed, SpeedOptions, describe_speed, measure_speed
 from sliceserve.slicing.cli import main
+from sliceserve.slicing.errors import MachineError, UserError
+from sliceserve.slicing.source import Location
 
+COMMIT = "0123456789abcdef" * 2 + "01234567"
 SHORT = ["--input-len", "8", "--output-len", "5", "--repeats", "1", "--enforce-eager"]
 
 
@@ -85,6 +94,9 @@ def test_the_table_has_the_ratio_to_the_first_model() -> None:
     assert rows[1] == ["parameters", "1,000", "750", "0.750"]
     assert ["batch", "4:", "ITL,", "ms", "100.00", "80.00", "0.800"] in rows
     assert ["batch", "4:", "tokens/s", "40.0", "50.0", "1.250"] in rows
+    assert "commit" not in rows[-1]
+    fetched = {"owner/dense": replace(found["/a/dense"], commit=COMMIT), **found}
+    assert describe_speed(fetched, options).splitlines()[-1] == f"owner/dense: commit {COMMIT}"
 
 
 def test_dummy_weights_are_measured(tiny_sliced: Path) -> None:
@@ -119,3 +131,108 @@ def test_what_cannot_be_measured_is_said_in_one_sentence(
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("sliceserve: error: vLLM cannot load ")
     assert "max_model_len" in last
+
+
+def test_the_model_on_the_hub_is_measured_at_its_revision(
+    tiny: Path,
+    tiny_sliced: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    hub = Hub({COMMIT: tiny, "f" * 40: tmp_path}, {"main": "f" * 40, "v1": COMMIT})
+    command = ["benchmark", str(tiny_sliced), "--against", NAME, "--batch-size", "1", "--json"]
+    with serving_hub(hub, tmp_path / "cache", monkeypatch):
+        assert main([*command, *SHORT, "--revision", "v1"]) == 0
+        printed = json.loads(capfd.readouterr().out)
+        assert main([*command, "--revision", "v2"]) == 2
+        assert f"'{NAME}' at --revision 'v2' is no directory" in capfd.readouterr().err
+        hub.refusal = (503, "")
+        assert main(command) == 1
+        assert f"'{NAME}' is no directory here and the hub did" in capfd.readouterr().err
+    assert printed["options"]["revision"] == "v1"
+    commits = {model: speed["commit"] for model, speed in printed["speed"].items()}
+    assert commits == {NAME: COMMIT, str(tiny_sliced): None}
+    assert {commit for commit, _ in hub.fetched} == {COMMIT}
+
+
+def test_memory_that_the_machine_lacks_is_no_mistake_of_the_users(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1000000"}).items():
+        monkeypatch.setenv(name, value)
+    assert main(["benchmark", str(tiny), *SHORT]) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"sliceserve: error: vLLM cannot load '{tiny}': ")
+    assert "memory" in last.lower()
+
+
+def end_at_once(*_: object) -> NoReturn:
+    """End this process as the kernel does when memory is short."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("killed, and still here")
+
+
+def test_a_process_that_is_killed_is_no_mistake_of_the_users(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sliceserve.server.speed.measure_speed", end_at_once)
+    assert main(["benchmark", str(tiny)]) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"sliceserve: error: the process that ran '{tiny}' ended early")
+
+
+@pytest.fixture
+def passing_variables() -> Iterator[None]:
+    """What is set in the environment meanwhile is gone afterwards."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
+def raising(error: Exception) -> Any:
+    """Something to call that raises."""
+
+    def call(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    return call
+
+
+@pytest.mark.usefixtures("passing_variables")
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(28, "No space left on device"), MachineError),
+        (OSError(2, "No such file or directory"), UserError),
+        (RuntimeError("Engine core initialization failed. See root cause above."), MachineError),
+        (ValueError("No available memory for the cache blocks."), MachineError),
+        (ValueError("Free memory on device cuda:0 (1/80 GiB) is less than wanted"), MachineError),
+        (ValueError("--dtype float32 cannot be used with w4a16"), UserError),
+        (KeyError("model.layers.0"), UserError),
+    ],
+)
+def test_why_an_engine_does_not_start_tells_whose_mistake_it_is(
+    error: Exception, kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm.LLM", raising(error))
+    with pytest.raises(kind, match=r"^vLLM cannot load 'name': ") as raised:
+        measure_speed("name", Location(tmp_path, None), 1, SpeedOptions())
+    assert type(raised.value) is kind
+
+
+@pytest.mark.usefixtures("passing_variables")
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_an_engine_that_ends_while_it_runs_is_no_mistake_of_the_users(
+    load_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 9))
+    ended = raising(ValueError("the engine has died"))
+    engine = SimpleNamespace(
+        llm_engine=SimpleNamespace(vllm_config=config), generate=ended, apply_model=ended
+    )
+    monkeypatch.setattr("vllm.LLM", lambda **_: engine)
+    options = SpeedOptions(load_format=load_format)
+    with pytest.raises(MachineError, match="vLLM failed while it ran 'name': the engine has died"):
+        measure_speed("name", Location(tmp_path, None), 1, options)
