@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from cuda_graph import seconds
+from cuda_graph import seconds_in_turn
 from shapes import GATED, SHAPES
 from torch import Tensor
 from torch.nn.functional import linear, silu
@@ -28,9 +28,10 @@ EPS = 1e-5
 CALLS, REPLAYS = 8, 10
 
 
-def microseconds(call: Callable[[], object]) -> float:
-    """Return the time of a call."""
-    return seconds(call, CALLS, REPLAYS) * 1e6
+def microseconds(compiled: Callable[[], object], ours: Callable[[], object]) -> tuple[float, float]:
+    """Return the times of a call of each."""
+    first, second = seconds_in_turn([compiled, ours], CALLS, REPLAYS)
+    return first * 1e6, second * 1e6
 
 
 def normed_and_joined(x: Tensor, projected: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -63,23 +64,16 @@ def measure(
     joins, adds, rounds = map(torch.compile, (normed_and_joined, added, reference))
     gate_up, u = projected.split([2 * inner, rank], dim=-1)
     found = {
-        "gated": (
-            microseconds(lambda: joins(x, projected, rank)),
-            microseconds(lambda: gated(x, projected, rank, EPS)),
+        "gated": microseconds(
+            lambda: joins(x, projected, rank), lambda: gated(x, projected, rank, EPS)
         ),
-        "accumulate": (
-            microseconds(lambda: adds(x, a, weight)),
-            microseconds(lambda: accumulate(x, a, weight)),
-        ),
+        "accumulate": microseconds(lambda: adds(x, a, weight), lambda: accumulate(x, a, weight)),
     }
     for name, dtype in {"fp8": FP8, "int8": torch.int8}.items():
         gates = (gate_up, u, rho, True, dtype)
         joined = (attention, beside, None, False, dtype)
         for key, case in {f"rounded to {name}, gated": gates, f"rounded to {name}": joined}.items():
-            found[key] = (
-                microseconds(partial(rounds, *case)),
-                microseconds(partial(rounded, *case)),
-            )
+            found[key] = microseconds(partial(rounds, *case), partial(rounded, *case))
     return found
 
 

@@ -3,11 +3,11 @@
     python benchmarks/overhead.py DIR --rounds 100
 
 Both servers run on this machine, on its GPU if it has one, and are asked in turns, a few seconds
-each, so that what disturbs the machine meets both: requests one at a time, then many at once, all
-streamed and with prompts of their own, sent by what `vllm bench serve` sends them with. Neither
-writes a line a request. A round gives one difference; shown are their medians and between what
-bounds these lie with 95 % confidence. The smaller the model, the more the layers weigh. An
-interrupt ends it with the rounds that are done.
+each, so that what disturbs the machine meets both: requests one at a time, then many at once, these
+with each of `--lengths`, all streamed and with prompts of their own, sent by what vLLM's own
+benchmark sends them with. Neither writes a line a request. A round gives one difference; shown are
+their medians and between what bounds these lie with 95 % confidence. The smaller the model, the
+more the layers weigh. An interrupt ends it with the rounds that are done.
 """
 
 import argparse
@@ -18,9 +18,9 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import aiohttp
 import numpy as np
@@ -33,69 +33,119 @@ from vllm.benchmarks.lib.endpoint_request_func import (
 )
 from vllm.platforms import current_platform
 
-PROMPT_TOKENS, OUTPUT_TOKENS = 64, 32
 ALONE, AT_ONCE = 8, 128
 WARM_UP = 3
-FIGURES = (
-    "latency, ms",
-    "TTFT, ms",
-    "CPU of the API's process, ms a request",
-    f"{AT_ONCE} at once: requests/s",
-    f"{AT_ONCE} at once: CPU of the API's process, ms a request",
-    f"{AT_ONCE} at once: parts of an answer",
-)
+FIGURES_ALONE = ("latency, ms", "TTFT, ms", "CPU of the API's process, ms a request")
+FIGURES_AT_ONCE = ("requests/s", "CPU of the API's process, ms a request", "parts of an answer")
 
 
-def prompts_of(directory: Path) -> Iterator[list[int]]:
-    """Random tokens of the model without an end; no two prompts share a prefix worth caching."""
-    tokens = json.loads((directory / "config.json").read_text())["vocab_size"]
-    generator = np.random.default_rng(0)
-    while True:
-        yield generator.integers(tokens, size=PROMPT_TOKENS).tolist()
+class Lengths(NamedTuple):
+    """Tokens of a prompt and of its answer."""
+
+    prompt: int
+    output: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Lengths":
+        prompt, _, output = text.partition(":")
+        return cls(int(prompt), int(output))
+
+
+ALONE_LENGTHS = Lengths(64, 32)
+
+
+class RequestError(Exception):
+    """A request was not answered."""
+
+
+def figures_of(lengths: list[Lengths]) -> list[str]:
+    """Name what a round measures of a server, in the order of `measure`."""
+    at_once = [
+        f"{AT_ONCE} at once, {one.prompt} tokens in and {one.output} out: {figure}"
+        for one in lengths
+        for figure in FIGURES_AT_ONCE
+    ]
+    return [*FIGURES_ALONE, *at_once]
+
+
+class Prompts:
+    """Random tokens of the model; no two prompts share a prefix worth caching."""
+
+    def __init__(self, directory: Path) -> None:
+        self._tokens = json.loads((directory / "config.json").read_text())["vocab_size"]
+        self._generator = np.random.default_rng(0)
+
+    def draw(self, length: int) -> list[int]:
+        drawn: list[int] = self._generator.integers(self._tokens, size=length).tolist()
+        return drawn
 
 
 async def ask(
-    session: aiohttp.ClientSession, server: Server, prompt: list[int]
+    session: aiohttp.ClientSession, server: Server, prompt: list[int], tokens: int
 ) -> RequestFuncOutput:
     request = RequestFuncInput(
         prompt=prompt,
         api_url=f"{server.url}/v1/completions",
-        prompt_len=PROMPT_TOKENS,
-        output_len=OUTPUT_TOKENS,
+        prompt_len=len(prompt),
+        output_len=tokens,
         model=NAME,
         ignore_eos=True,
     )
     output = await async_request_openai_completions(request, session)
     if not output.success:
-        sys.exit(f"a request failed: {output.error}")
+        raise RequestError(output.error)
     return output
 
 
-async def measure(
-    session: aiohttp.ClientSession, server: Server, prompts: Iterator[list[int]]
+async def measure_alone(
+    session: aiohttp.ClientSession, server: Server, prompts: Prompts
 ) -> list[float]:
-    """Return one server's figures of one round."""
-    cpu = [server.cpu_seconds()]
-    alone = [await ask(session, server, next(prompts)) for _ in range(ALONE)]
-    cpu.append(server.cpu_seconds())
-    began = time.perf_counter()
-    many = await asyncio.gather(*(ask(session, server, next(prompts)) for _ in range(AT_ONCE)))
-    seconds = time.perf_counter() - began
-    cpu.append(server.cpu_seconds())
+    """Return one server's figures of requests one at a time."""
+    cpu = server.cpu_seconds()
+    done = [
+        await ask(session, server, prompts.draw(ALONE_LENGTHS.prompt), ALONE_LENGTHS.output)
+        for _ in range(ALONE)
+    ]
     return [
-        1e3 * float(np.median([one.latency for one in alone])),
-        1e3 * float(np.median([one.ttft for one in alone])),
-        1e3 * (cpu[1] - cpu[0]) / ALONE,
-        AT_ONCE / seconds,
-        1e3 * (cpu[2] - cpu[1]) / AT_ONCE,
-        float(np.mean([1 + len(one.itl) for one in many])),
+        1e3 * float(np.median([one.latency for one in done])),
+        1e3 * float(np.median([one.ttft for one in done])),
+        1e3 * (server.cpu_seconds() - cpu) / ALONE,
     ]
 
 
-async def measure_in_turns(servers: list[Server], directory: Path, rounds: int) -> np.ndarray:
-    """Return the figures, of shape (servers, rounds, figures); fewer rounds after an interrupt."""
-    prompts = prompts_of(directory)
-    found, done = np.zeros((len(servers), rounds, len(FIGURES))), 0
+async def measure_at_once(
+    session: aiohttp.ClientSession, server: Server, prompts: Prompts, lengths: Lengths
+) -> list[float]:
+    """Return one server's figures of many requests at once."""
+    drawn = [prompts.draw(lengths.prompt) for _ in range(AT_ONCE)]
+    cpu, began = server.cpu_seconds(), time.perf_counter()
+    done = await asyncio.gather(*(ask(session, server, one, lengths.output) for one in drawn))
+    seconds = time.perf_counter() - began
+    return [
+        AT_ONCE / seconds,
+        1e3 * (server.cpu_seconds() - cpu) / AT_ONCE,
+        float(np.mean([1 + len(one.itl) for one in done])),
+    ]
+
+
+async def measure(
+    session: aiohttp.ClientSession, server: Server, prompts: Prompts, lengths: list[Lengths]
+) -> list[float]:
+    """Return one server's figures of one round."""
+    figures = await measure_alone(session, server, prompts)
+    for one in lengths:
+        figures += await measure_at_once(session, server, prompts, one)
+    return figures
+
+
+async def measure_in_turns(
+    servers: list[Server], prompts: Prompts, lengths: list[Lengths], rounds: int
+) -> np.ndarray:
+    """Return the figures, of shape (servers, rounds, figures).
+
+    There are fewer rounds after an interrupt, or when a request failed.
+    """
+    found, done = np.zeros((len(servers), rounds, len(figures_of(lengths)))), 0
     interrupted = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupted.set)
     timeout = aiohttp.ClientTimeout(total=600)
@@ -104,10 +154,14 @@ async def measure_in_turns(servers: list[Server], directory: Path, rounds: int) 
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         for number in tqdm(range(-WARM_UP, rounds), unit="round"):
             places = range(len(servers))
-            for place in places if number % 2 else reversed(places):
-                figures = await measure(session, servers[place], prompts)
-                if number >= 0:
-                    found[place, number] = figures
+            try:
+                for place in places if number % 2 else reversed(places):
+                    figures = await measure(session, servers[place], prompts, lengths)
+                    if number >= 0:
+                        found[place, number] = figures
+            except RequestError as error:
+                print(f"a request failed: {error}", file=sys.stderr)
+                break
             done = max(0, number + 1)
             if interrupted.is_set():
                 break
@@ -125,6 +179,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument(
+        "--lengths", type=Lengths.parse, nargs="+", default=[ALONE_LENGTHS], metavar="IN:OUT",
+        help="tokens of the requests at once",
+    )  # fmt: skip
     parser.add_argument(
         "--options", type=shlex.split, default=["--dtype", "float32", "--enforce-eager"],
         help="of both servers, in one argument",
@@ -145,19 +203,20 @@ def main() -> int:
             running.enter_context(served(theirs, "/health")),
             running.enter_context(served(ours, "/readyz")),
         ]
-        found = asyncio.run(measure_in_turns(servers, options.directory, options.rounds))
+        prompts = Prompts(options.directory)
+        found = asyncio.run(measure_in_turns(servers, prompts, options.lengths, options.rounds))
     if not found.size:
-        sys.exit("interrupted before a round was done")
+        sys.exit("no round was done")
     print(f"| median of {found.shape[1]} | vLLM | sliceserve | difference | ratio |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    for place, figure in enumerate(FIGURES):
+    for place, figure in enumerate(figures_of(options.lengths)):
         vllm, sliceserve = found[:, :, place]
         print(
             f"| {figure} | {np.median(vllm):.2f} | {np.median(sliceserve):.2f} "
             f"| {median_and_bounds(sliceserve - vllm, '+.2f')} "
             f"| {median_and_bounds(sliceserve / vllm, '.3f')} |"
         )
-    return 0
+    return 0 if found.shape[1] == options.rounds else 1
 
 
 if __name__ == "__main__":

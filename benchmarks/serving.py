@@ -47,6 +47,8 @@ def served(command: list[str], health: str) -> Iterator[Server]:
         subprocess.Popen(
             [*command, "--port", port, "--served-model-name", NAME],
             env=environment, stdout=log, stderr=subprocess.STDOUT,
+            # An interrupt is for whoever measures, which then ends this.
+            start_new_session=True,
         ) as process,
     ):  # fmt: skip
         try:

@@ -11,6 +11,7 @@ from enum import StrEnum
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
+from sliceserve.server.responses import Answer, share_answer
 from sliceserve.server.usage import work_of, working
 
 if TYPE_CHECKING:
@@ -130,6 +131,37 @@ def note_refusal(scope: Scope, reason: Refusal) -> None:
         exchange.refused = reason
 
 
+class _NotedAnswer(Answer):
+    """An answer whose parts are noted on its exchange.
+
+    Attributes:
+        began: when its request came, in seconds of a clock that only goes forward.
+
+    """
+
+    def __init__(self, send: Send, exchange: Exchange) -> None:
+        super().__init__(send)
+        self._exchange = exchange
+        self.began = time.monotonic()
+
+    def send_instead(self, message: Message) -> Awaitable[None]:
+        if message["type"] == "http.response.start":
+            self._exchange.status = message["status"]
+            message["headers"] = _named(message.get("headers", ()), self._exchange.id)
+        return super().send_instead(message)
+
+    def _pass(self, message: Message) -> Awaitable[None]:
+        exchange = self._exchange
+        if not exchange.chunks:
+            exchange.first_byte_seconds = time.monotonic() - self.began
+        exchange.chunks += 1
+        if not message.get("more_body", False):
+            self.ended = True
+        if message.get("body", b"").startswith(_ERROR_EVENTS):
+            exchange.failed = _code_of(message["body"])
+        return self._send(message)
+
+
 class Watch:
     """Outermost ASGI layer: names each HTTP request, and reports it once it is over.
 
@@ -159,38 +191,23 @@ class Watch:
         exchange = Exchange(_request_id(scope), scope["method"], time.time())
         inner = {**scope, "state": dict(scope.get("state", {})), _SCOPE_KEY: exchange}
         inner["headers"] = _named(scope["headers"], exchange.id)
-        began = time.monotonic()
-        ended = False
+        answer = _NotedAnswer(send, exchange)
+        share_answer(inner, answer)
 
         async def watched_receive() -> Message:
             message = await receive()
             # After the end of an answer this comes for every request.
-            if message["type"] == "http.disconnect" and not ended:
+            if message["type"] == "http.disconnect" and not answer.ended:
                 exchange.disconnected = True
             return message
 
-        def watched_send(message: Message) -> Awaitable[None]:
-            nonlocal ended
-            if message["type"] == "http.response.body":
-                if not exchange.chunks:
-                    exchange.first_byte_seconds = time.monotonic() - began
-                exchange.chunks += 1
-                if not message.get("more_body", False):
-                    ended = True
-                if message.get("body", b"").startswith(_ERROR_EVENTS):
-                    exchange.failed = _code_of(message["body"])
-            elif message["type"] == "http.response.start":
-                exchange.status = message["status"]
-                message["headers"] = _named(message.get("headers", ()), exchange.id)
-            return send(message)
-
         try:
             with working(inner):
-                await self.app(inner, watched_receive, watched_send)
+                await self.app(inner, watched_receive, answer.send)
         finally:
             if exchange.status is None and not exchange.disconnected:
                 exchange.status = 500  # what the HTTP server answers to an exception
-            exchange.seconds = time.monotonic() - began
+            exchange.seconds = time.monotonic() - answer.began
             exchange.route = route_of(inner, self._routes)
             take_usage(exchange, inner)
             for report in self._report:

@@ -41,6 +41,7 @@ class Faults:
             await self.app(scope, receive, send)
             return
         answer = shared_answer(scope, send)
+        answer.holds = True
         try:
             await self.app(scope, receive, answer.send)
         except Exception as error:

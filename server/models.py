@@ -25,8 +25,10 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from sliceserve.server.cpu import check_products
+from sliceserve.server.drafts import dispatch_drafts
 from sliceserve.server.fused import FusedDecoderLayer
 from sliceserve.server.joined import JoinedLinear
 from sliceserve.server.layers import Shapes, SlicedDecoderLayer, plain_linear, sliced_norm
@@ -181,6 +183,8 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
         widths = config.description.widths
         self.head_width = widths[-1]
         self.is_draft = is_draft(vllm_config)
+        if vllm_config.speculative_config is not None:
+            dispatch_drafts(GPUModelRunner)
         self.output_width = config.hidden_size if self.is_draft else self.head_width
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         if get_pp_group().is_last_rank:

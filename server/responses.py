@@ -27,8 +27,9 @@ class Answer:
     Attributes:
         ended: its last part has been sent.
         was_cut: nothing more of the application's is let through.
-        held: a 500 of the application's, which comes before the exception that says what it is
-            about.
+        holds: whether a 500 of the application's is held, which comes before the exception that
+            says what it is about.
+        held: that 500.
 
     """
 
@@ -38,6 +39,7 @@ class Answer:
         self._open = False  # it has begun, and was not cut off
         self.ended = False
         self.was_cut = False
+        self.holds = False
         self.held: list[Message] = []
 
     @property
@@ -47,26 +49,27 @@ class Answer:
 
     def send(self, message: Message) -> Awaitable[None]:
         """Stand in for the server's `send`; no coroutine, which would cost a frame a message."""
-        if not self._open:
-            return self._begin(message)
-        if not message.get("more_body", False):
-            self.ended = True
-        return self._send(message)
+        return self._pass(message) if self._open else self._begin(message)
 
     def _begin(self, message: Message) -> Awaitable[None]:
         if self.was_cut:
             return nothing()
-        if self.held or message.get("status") == ERROR:
+        if self.held or (self.holds and message.get("status") == ERROR):
             self.held.append(message)
             return nothing()
         return self.send_instead(message)
 
     def send_instead(self, message: Message) -> Awaitable[None]:
         """Send a layer's own message, whatever becomes of the application's."""
-        if message["type"] == "http.response.start":
-            self._start, self._open = message, not self.was_cut
-        else:
-            self.ended = not message.get("more_body", False)
+        if message["type"] != "http.response.start":
+            return self._pass(message)
+        self._start, self._open = message, not self.was_cut
+        return self._send(message)
+
+    def _pass(self, message: Message) -> Awaitable[None]:
+        """Send a part of the answer's body."""
+        if not message.get("more_body", False):
+            self.ended = True
         return self._send(message)
 
     def cut(self) -> None:
@@ -80,8 +83,7 @@ class Answer:
         if not Headers(raw=self._start["headers"]).get("content-type", "").startswith(EVENTS):
             return False
         event = f"data: {json.dumps(error_object(status, kind, message))}\n\ndata: [DONE]\n\n"
-        self.ended = True
-        await self._send({"type": "http.response.body", "body": event.encode()})
+        await self._pass({"type": "http.response.body", "body": event.encode()})
         return True
 
 
@@ -89,8 +91,14 @@ def shared_answer(scope: Scope, send: Send) -> Answer:
     """Return the answer whose `send` this is, from then on in the scope; a new one if none is."""
     found: Answer | None = scope.get(_SCOPE_KEY)
     if found is None or found.send != send:
-        found = scope[_SCOPE_KEY] = Answer(send)
+        found = Answer(send)
+        share_answer(scope, found)
     return found
+
+
+def share_answer(scope: Scope, answer: Answer) -> None:
+    """Have the layers within find this answer, if its `send` reaches them."""
+    scope[_SCOPE_KEY] = answer
 
 
 async def nothing() -> None:
