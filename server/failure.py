@@ -13,8 +13,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sliceserve.slicing.errors import MachineError, fault
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+    from sliceserve.slicing.errors import Kind
 
 # Not one of the server's settings, whose names begin with its prefix.
 FILE = "_SLICESERVE_FAILURE"
@@ -38,6 +42,16 @@ def tell_failures(logger: logging.Logger, environment: Mapping[str, str] = os.en
     """Tell what this logger of vLLM's says of the end of this process, if anybody wants to know."""
     if FILE in environment:
         logger.addHandler(_Teller(Path(environment[FILE])))
+
+
+def loading_fault(error: Exception) -> Kind:
+    """Return what to raise for an error of vLLM's while it loads a model.
+
+    It says what options or a checkpoint have wrong by ValueErrors, but also that memory is short.
+    """
+    if isinstance(error, RuntimeError) or "memory" in str(error).lower():
+        return MachineError
+    return fault(error)
 
 
 class _Teller(logging.Handler):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sliceserve.server.failure import loading_fault
 from sliceserve.slicing.errors import UserError, reason
 
 
@@ -25,6 +26,7 @@ def negative_log_likelihood(
 
     Raises:
         UserError: vLLM is not installed or cannot load the model.
+        MachineError: it has too little memory, or its engine did not start.
 
     """
     # In this process an error comes out as itself, and nothing outlives an interrupt.
@@ -47,7 +49,9 @@ def negative_log_likelihood(
         )
     except Exception as error:
         # Everything is caught: bad models, too little memory, missing kernels, all its own.
-        raise UserError(f"vLLM cannot load {str(directory)!r}: {reason(error)}") from error
+        raise loading_fault(error)(
+            f"vLLM cannot load {str(directory)!r}: {reason(error)}"
+        ) from error
     sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
     prompts = [{"prompt_token_ids": window} for window in windows.tolist()]
     total = 0.0

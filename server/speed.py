@@ -11,10 +11,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sliceserve.server.failure import loading_fault
 from sliceserve.slicing.checkpoint import read_checkpoint_summary
 from sliceserve.slicing.config import MODEL_TYPE
 from sliceserve.slicing.dense import open_dense_model
-from sliceserve.slicing.errors import Kind, MachineError, UserError, fault, reason
+from sliceserve.slicing.errors import MachineError, UserError, reason
 from sliceserve.slicing.source import Location, locate_all, quiet_transformers, read_json_object
 
 
@@ -226,17 +227,7 @@ def _engine(model: str, location: Location, options: SpeedOptions) -> Any:
         )
     except Exception as error:
         # Everything is caught: bad models, too little memory, missing kernels, all its own.
-        raise _loading_fault(error)(f"vLLM cannot load {model!r}: {reason(error)}") from error
-
-
-def _loading_fault(error: Exception) -> Kind:
-    """Return what to raise for an error of vLLM's while it loads a model.
-
-    It says what options or a checkpoint have wrong by ValueErrors, but also that memory is short.
-    """
-    if isinstance(error, RuntimeError) or "memory" in str(error).lower():
-        return MachineError
-    return fault(error)
+        raise loading_fault(error)(f"vLLM cannot load {model!r}: {reason(error)}") from error
 
 
 def _run_batches(engine: Any, vocabulary: int, options: SpeedOptions) -> tuple[BatchSpeed, ...]:

@@ -326,13 +326,22 @@ def test_perplexity_through_vllm_is_the_same(
     command = ["perplexity", str(tiny_sliced), "--text", str(text), "--sequence-length", "100"]
     assert main([*command, "--json"]) == 0
     expected = json.loads(capsys.readouterr().out)
-    result = subprocess.run(
-        [*COMMAND, *command, "--json", "--backend", "vllm"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
-    )
+
+    def run_in_vllm(gibibytes: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*COMMAND, *command, "--json", "--backend", "vllm"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": gibibytes, "VLLM_NO_USAGE_STATS": "1"},
+        )
+
+    result = run_in_vllm("1000000")
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"sliceserve: error: vLLM cannot load '{tiny_sliced}': ")
+    assert "memory" in last.lower()
+    result = run_in_vllm("1")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == expected | {
         "backend": "vllm",
