@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,9 @@ from vllm.third_party import pynvml
 
 from sliceserve.server import vllm_compat
 from sliceserve.server.auth import KeyRing
+from sliceserve.server.certificates import refreshing_certificates
 from sliceserve.server.drain import METRICS
+from sliceserve.server.ending import ended_after
 from sliceserve.server.engine import start_engine
 from sliceserve.server.exchange import REQUEST_ID
 from sliceserve.server.failure import shared_failure
@@ -49,6 +52,9 @@ _logger = init_logger("vllm.sliceserve")
 
 # Asked more often than all others together: routes are tried one after the other, twice a request.
 BUSY_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
+# Python looks for garbage after 700 new objects, and through those of all requests after some
+# thousands: with 128 at once, 5 % of the process's time. Few objects wait for it: most go at once.
+GARBAGE_AFTER = (20_000, 20, 20)
 # By these vLLM lets every client restart the engines with other parallelism, for MoE models.
 CLOSED_PATHS = frozenset({"/scale_elastic_ep", "/is_scaling_elastic_ep"})
 
@@ -142,10 +148,10 @@ async def serve(
 ) -> int:
     """Serve on the bound socket until a signal; returns 0, or 1 if the engine failed.
 
-    Raises SystemExit with 1 if the start took too long.
+    The process has to end soon after it. Raises SystemExit with 1 if the start took too long.
     """
     lifecycle = Lifecycle()
-    with ExitStack() as cleanup:
+    with ExitStack() as cleanup, ended_after():
         starting = while_starting(access, lifecycle, log)
         with (
             start_within(settings.start_timeout, lifecycle),
@@ -173,20 +179,22 @@ async def serve(
             cleanup.callback(engine.shutdown, timeout=0)
             # As the engine's processes do: vLLM reads variables some 70 times a request.
             vllm.envs.enable_envs_cache()
+            gc.set_threshold(*GARBAGE_AFTER)
             lifecycle.enter(Phase.STARTING, "opening the routes")
             await engine.reset_mm_cache()
             app = await create_app(engine, args, summary, live)
         traces = bool(args.otlp_traces_endpoint)
         probe = EngineProbe(engine.answer, settings.probe_timeout)
         serving, drain = while_serving(
-            app, engine, probe, access, settings, lifecycle, metrics, log, traces=traces
-        )
+            app, engine, probe, access, settings, lifecycle, metrics, log,
+            max_logprobs=vllm_config.model_config.max_logprobs, traces=traces,
+        )  # fmt: skip
         listener = make_listener(serving, args, metrics.count_refused_head)
         app.state.server = listener  # vLLM's handlers of a dead engine's errors stop it
         _logger.info("Serving %s on %s", ", ".join(args.served_model_name), address)
         lifecycle.enter(Phase.SERVING, "answering requests")
         cleanup.enter_context(watching_gpus(gpus, metrics.set_gpu_readings))
-        cleanup.enter_context(vllm_compat.refreshing_certificates(listener.config, args))
+        cleanup.enter_context(refreshing_certificates(listener.config, args))
         hung = probe.wait_until_hung(settings.hang_timeout)
         return await run_until_signal(
             listener, bound, engine, hung, drain, lifecycle, settings.drain_timeout

@@ -20,6 +20,8 @@ _FORMS = ("response_format", "structured_outputs", "tools", "text", "output_conf
 _EXPRESSIONS = ("pattern", "regex")
 _AS_TEXT = ("json", "structural_tag")
 _OUTPUT_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+_LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
+_ALL = -1  # of the vocabulary
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,15 @@ class Bounds:
         sequences: prompts times completions of each.
         output_tokens: tokens of one completion.
         stops: strings, or tokens, that end it.
+        logprobs: of one token. vLLM has the same bound, and answers 500 to a request for more of
+            them in a stream of `/v1/responses`.
 
     """
 
     sequences: int
     output_tokens: int | None
     stops: int
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,13 @@ def find_excess(given: dict[str, Any], bounds: Bounds) -> Excess | None:
             if bounds.output_tokens is not None and tokens > bounds.output_tokens:
                 return Excess(
                     name, f"{name} is {tokens}, and {bounds.output_tokens} tokens are allowed."
+                )
+        for name in filter(asked.__contains__, _LOGPROBS):
+            # In chat completions the other of the two has the number.
+            number = 0 if isinstance(asked[name], bool) else _number(asked[name])
+            if bounds.logprobs is not None and (number > bounds.logprobs or number == _ALL):
+                return Excess(
+                    name, f"{name} is {number}, and {bounds.logprobs} logprobs are allowed."
                 )
         for name in filter(asked.__contains__, _STOPS):
             stops = asked.get(name)

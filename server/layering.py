@@ -21,6 +21,7 @@ from sliceserve.server.metrics import Refreshing, ServerMetrics
 from sliceserve.server.per_key import KeyLimits, PerKey
 from sliceserve.server.queued import QueueLimit
 from sliceserve.server.responses import unavailable
+from sliceserve.server.sockets import SocketDeadline
 from sliceserve.server.status_page import PAGE, StatusPage
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def while_serving(
     metrics: ServerMetrics,
     log: Callable[[Exchange], None],
     *,
+    max_logprobs: int,
     traces: bool,
 ) -> tuple[ASGIApp, Drain]:
     """Return vLLM's application behind all layers, and the one of them that counts what runs.
@@ -82,15 +84,22 @@ def while_serving(
         lifecycle: the server's phase.
         metrics: shown by the application's `/metrics`.
         log: takes every request that is over.
+        max_logprobs: of one token; -1 is no bound, as in vLLM.
         traces: whether every request gets a span.
 
     """
     queue = engine.queue
-    deadline = _bounded(app if queue is None else QueueLimit(app, queue), settings)
-    admission = Admission(deadline, _limits(settings))
-    drain = Drain(
-        PerKey(admission, _key_limits(settings)), lifecycle, deadline.cut, metrics.count_drained
-    )
+    limited = app if queue is None else QueueLimit(app, queue)
+    deadline = _bounded(limited, settings, None if max_logprobs == -1 else max_logprobs)
+    sockets = SocketDeadline(deadline, settings.request_timeout)
+    admission = Admission(sockets, _limits(settings))
+
+    def cut() -> None:
+        deadline.cut()
+        sockets.cut()
+
+    keyed = PerKey(admission, _key_limits(settings))
+    drain = Drain(keyed, lifecycle, cut, metrics.count_drained)
 
     def overloaded() -> bool:
         return admission.full or (queue is not None and queue.full)
@@ -138,9 +147,11 @@ async def still_starting(scope: Scope, receive: Receive, send: Send) -> None:
     await unavailable("The model is still loading; try again.")(scope, receive, send)
 
 
-def _bounded(app: ASGIApp, settings: ServerSettings) -> Deadline:
+def _bounded(app: ASGIApp, settings: ServerSettings, logprobs: int | None) -> Deadline:
     """Return the application with bounds on what one request asks and how long it takes."""
-    bounds = Bounds(settings.max_sequences, settings.max_output_tokens, settings.max_stops)
+    bounds = Bounds(
+        settings.max_sequences, settings.max_output_tokens, settings.max_stops, logprobs
+    )
     faults = Faults(Arguments(app, bounds), vllm_compat.READING)
     return Deadline(faults, settings.request_timeout)
 

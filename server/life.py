@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from vllm.utils.system_utils import kill_process_tree
 
 from sliceserve.server.deadline import LAST_WORDS_S
+from sliceserve.server.ending import end_within
 from sliceserve.server.health import Lifecycle, Phase
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ async def run_until_signal(
 ) -> int:
     """Serve; a first signal begins the drain, a second one ends it, or the engine's stop, at once.
 
-    What still runs when the time is up, or when the engine hangs, is cut with an error.
+    What still runs when the time is up, or when the engine hangs, is cut with an error. From the
+    first signal, or the engine's fault, the whole process has a time to end (`end_within`).
 
     Args:
         listener: the HTTP server to run on the bound socket.
@@ -60,7 +62,11 @@ async def run_until_signal(
 
     def on_signal(number: int) -> None:
         received.append(number)
-        (asked if len(received) == 1 else hurry).set()
+        if len(received) == 1:
+            asked.set()
+        elif not hurry.is_set():
+            hurry.set()
+            end_within()
         # At once, so that no request slips in between.
         lifecycle.enter(Phase.DRAINING, "waiting for running requests")
 
@@ -77,6 +83,7 @@ async def run_until_signal(
     try:
         await asyncio.wait([serving, asking, hanging], return_when=asyncio.FIRST_COMPLETED)
         watching.cancel()
+        end_within(drain_timeout if received else 0)
         if received:
             _logger.info("Draining: running=%d timeout=%ss", drain.running, drain_timeout)
             until = loop.time() + drain_timeout

@@ -58,11 +58,6 @@ def check_tls(args: argparse.Namespace) -> None:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} {value}: there is no --ssl-certfile, so no TLS either")
         return
-    if args.enable_ssl_refresh and not key:
-        raise UserError(
-            "--enable-ssl-refresh True: there is no --ssl-keyfile, without which vLLM watches "
-            "no --ssl-certfile"
-        )
     _check_client_certificates(args.ssl_ca_certs, args.ssl_cert_reqs)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     # OpenSSL does not say which file it could not open.

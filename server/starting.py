@@ -58,7 +58,7 @@ def start_within(seconds: float, lifecycle: Lifecycle) -> Iterator[None]:
         try:
             # What waits for these fails now; what does not is ended all the same.
             while time.monotonic() < end:
-                _kill_children()
+                kill_children()
                 time.sleep(INTERVAL_S)
         finally:
             os._exit(1)
@@ -76,7 +76,7 @@ def start_within(seconds: float, lifecycle: Lifecycle) -> Iterator[None]:
         raise SystemExit(1)
 
 
-def _kill_children() -> None:
+def kill_children() -> None:
     """Kill the processes of the engine, of which more may start meanwhile."""
     for process in multiprocessing.active_children():
         # One that has just ended.

@@ -7,7 +7,6 @@ may leave a deprecated re-export in the old one.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import inspect
@@ -19,9 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import argparse
     import socket
-    from collections.abc import Iterator
 
-    import uvicorn
     from fastapi import FastAPI
     from starlette.datastructures import State
 
@@ -34,10 +31,6 @@ READING = (
     "vllm.entrypoints.openai.responses.utils",
 )
 _HOMES = {
-    "SSLCertRefresher": (
-        "vllm.entrypoints.launchers.utils.ssl",
-        "vllm.entrypoints.serve.utils.ssl",
-    ),
     "build_app": ("vllm.entrypoints.launchers.app", "vllm.entrypoints.openai.api_server"),
     "create_error_response": (
         "vllm.entrypoints.serve.exception_handling.error_response",
@@ -175,21 +168,3 @@ def answer_faults_of_requests(handler: Any, name: str) -> None:
             return answer
 
     setattr(handler, name, answered)
-
-
-@contextlib.contextmanager
-def refreshing_certificates(config: uvicorn.Config, args: argparse.Namespace) -> Iterator[None]:
-    """Load changed TLS files anew for the time of the block, if the options ask for it."""
-    if not args.enable_ssl_refresh:
-        yield
-        return
-    refresher = _load("SSLCertRefresher")(
-        ssl_context=config.ssl,
-        key_path=config.ssl_keyfile,
-        cert_path=config.ssl_certfile,
-        ca_path=config.ssl_ca_certs,
-    )
-    try:
-        yield
-    finally:
-        refresher.stop()

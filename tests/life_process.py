@@ -1,8 +1,9 @@
 """A server whose engine is a stand-in, for tests of signals.
 
-    python life_process.py DRAIN_TIMEOUT [stuck]
+    python life_process.py DRAIN_TIMEOUT [stuck] [stays] [brief]
 
-A `stuck` engine has a process that does not stop by itself. It prints its port, and a line for
+A `stuck` engine has a process that does not stop by itself. With `stays` a thread never ends, and
+with `brief` the end may take a second. It prints its port, and a line for
 every call of the engine's shutdown, and of what cuts requests. Only GET /metrics and /large end;
 GET /die kills the engine first, GET /hang has it hang.
 """
@@ -12,10 +13,13 @@ import multiprocessing
 import socket
 import subprocess
 import sys
+import threading
+import time
 from typing import Any
 
 import uvicorn
 
+from sliceserve.server import ending
 from sliceserve.server.drain import METRICS, Drain
 from sliceserve.server.health import Lifecycle, Phase
 from sliceserve.server.life import run_until_signal
@@ -85,4 +89,8 @@ async def main() -> int:
 
 
 if __name__ == "__main__":
+    if "stays" in sys.argv:
+        threading.Thread(target=time.sleep, args=[600], name="plugin").start()
+    if "brief" in sys.argv:
+        ending.LAST_S = 1.0
     sys.exit(asyncio.run(main()))

@@ -1,5 +1,6 @@
 """A real Prometheus, with the configuration of the compose file, and what it answers."""
 
+import math
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from helm_render import REPOSITORY
+from helm_render import REPOSITORY, board
 from server_process import reserved_port
 
 CONFIG = REPOSITORY / "deploy" / "prometheus.yml"
@@ -20,15 +21,20 @@ PATIENCE_S = 60
 
 
 @contextmanager
-def scraping(address: str, rules: dict[str, Any], work: Path) -> Iterator[httpx.Client]:
-    """A Prometheus that scrapes an address each second and has some rules; a client of its API."""
+def scraping(
+    address: str, rules: dict[str, Any], work: Path, labels: dict[str, str] = LABELS
+) -> Iterator[httpx.Client]:
+    """A Prometheus that scrapes an address each second and has some rules; a client of its API.
+
+    What it scrapes gets labels, by default those that Kubernetes' discovery gives.
+    """
     binary = Path(sys.executable).with_name("prometheus")
     if not binary.exists():
         pytest.skip("no prometheus: apt gave no package to `make install`")
     config = yaml.safe_load(CONFIG.read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     ((target,),) = (scraped["static_configs"] for scraped in config["scrape_configs"])
-    target |= {"targets": [address], "labels": LABELS}
+    target |= {"targets": [address], "labels": labels}
     (work / "rules.yml").write_text(yaml.safe_dump(rules))
     (work / "prometheus.yml").write_text(yaml.safe_dump(config | {"rule_files": ["rules.yml"]}))
     command = [binary, f"--config.file={work / 'prometheus.yml'}"]
@@ -41,8 +47,10 @@ def scraping(address: str, rules: dict[str, Any], work: Path) -> Iterator[httpx.
         ) as process,
         httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=10) as api,
     ):
-        yield api
-        process.terminate()
+        try:
+            yield api
+        finally:
+            process.terminate()
 
 
 def answer_of(api: httpx.Client, path: str, wanted: Callable[[Any], bool], **query: str) -> Any:
@@ -61,9 +69,34 @@ def answer_of(api: httpx.Client, path: str, wanted: Callable[[Any], bool], **que
         time.sleep(0.2)
 
 
-def filled_in(query: str, model: str) -> str:
+def filled_in(query: str, **values: str) -> str:
     """A query of the board with a value for each of its variables."""
-    values = {"__rate_interval": "1m", "namespace": "llm", "model": model, "instance": ".*"}
     for name, value in values.items():
         query = query.replace(f"${name}", value)
+    assert "$" not in query
     return query
+
+
+def answers_to_the_board(api: httpx.Client, **values: str) -> int:
+    """Have every query of the board answered with numbers, but those of GPUs; how many there are.
+
+    Of GPUs' memory and utilization there is nothing where there are none.
+    """
+    asked = 0
+    for panel in board()["panels"]:
+        title, targets = panel["title"], panel.get("targets", [])
+        empty = title.startswith(("GPU memory", "GPU utilization"))
+        for target in targets:
+            query = filled_in(target["expr"], __rate_interval="1m", **values)
+            found = answer_of(
+                api, "/query", lambda data, empty=empty: empty or numbers(data), query=query
+            )
+            assert empty == (not found["result"]), title
+            asked += 1
+    return asked
+
+
+def numbers(data: Any) -> bool:
+    """Whether an answer has values, each of them finite."""
+    values = [float(series["value"][1]) for series in data["result"]]
+    return bool(values) and all(map(math.isfinite, values))

@@ -81,6 +81,14 @@ def wait_until_gone(session: int) -> None:
         time.sleep(0.1)
 
 
+def wait_for_end_of(stat: Path) -> None:
+    """Wait until a process, of which this is the file in /proc, has ended."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while (fields := read_stat(stat)) and fields[1] != "Z":
+        assert time.monotonic() < deadline, fields
+        time.sleep(0.05)
+
+
 @contextmanager
 def stopped(process: int) -> Iterator[None]:
     """A process that stands still for the time of the block, so that no answer can end in it."""

@@ -2,12 +2,23 @@
 
 import asyncio
 import json
+import logging
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
+import pytest
 import uvicorn
+import uvloop
+
+from sliceserve.server.protocol import BoundedProtocol
+
+BYTES, HEADERS, PATIENCE_S = 1000, 20, 60
+SLOW_S = 0.3
+GET = b"GET /%b HTTP/1.1\r\nHost: server\r\n%b\r\n"
+POST = b"POST /%b HTTP/1.1\r\nHost: server\r\nContent-Length: %d\r\n\r\n"
+CHUNKED = b"POST /%b HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 class Application:
@@ -111,3 +122,40 @@ class Serving:
 async def until(wanted: Callable[[], bool]) -> None:
     while not wanted():
         await asyncio.sleep(0.001)
+
+
+Scenario = Callable[[Serving], Awaitable[None]]
+Play = Callable[[Scenario], None]
+
+
+@contextmanager
+def playing(loop: str, caplog: pytest.LogCaptureFixture) -> Iterator[Play]:
+    """What runs a scenario against a server with small bounds, on a kind of loops that we use."""
+
+    async def serve(scenario: Scenario) -> None:
+        app = Application()
+        config = uvicorn.Config(
+            app, http=BoundedProtocol, port=0, lifespan="off", log_config=None,
+            h11_max_incomplete_event_size=BYTES, timeout_keep_alive=PATIENCE_S,
+        )  # fmt: skip
+        config.h11_max_header_count = HEADERS  # type: ignore[attr-defined]
+        server = uvicorn.Server(config)
+        running = asyncio.ensure_future(server.serve())
+        await until(lambda: server.started or running.done())
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                await scenario(Serving(server, app))
+                await until(lambda: not server.server_state.connections)
+                await until(lambda: not server.server_state.tasks)
+        finally:
+            app.go.set()
+            server.should_exit = True
+            await running
+
+    def played(scenario: Scenario) -> None:
+        factory = uvloop.new_event_loop if loop == "uvloop" else None
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(serve(scenario))
+
+    yield played
+    assert not [r.getMessage() for r in caplog.records if r.levelno > logging.WARNING or r.exc_info]

@@ -1,10 +1,11 @@
 """A server whose engine does not start, for tests of the start's bound.
 
-    python start_process.py waits|deaf OPTION...
+    python start_process.py waits|deaf|fails OPTION...
 
 The engine's process has a worker, whose number is printed after the port. An engine that `waits`
-fails once its process is gone, as vLLM's does; one that is `deaf` waits for ever. The options are
-those of `sliceserve serve`.
+fails once its process is gone, as vLLM's does; one that is `deaf` waits for ever; one that `fails`
+does so at once and leaves a thread behind, where the end may take a second. The options are those
+of `sliceserve serve`.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ from typing import Any
 
 from life_process import engine_process
 
-from sliceserve.server import app
+from sliceserve.server import app, ending
 from sliceserve.server.progress import DIRECTORY
 from sliceserve.server.serve import make_parser, parse_arguments
 
@@ -38,6 +40,10 @@ def start_engine(*_arguments: Any) -> None:
     engine.start()
     if sys.argv[1] == "deaf":
         time.sleep(600)
+    if sys.argv[1] == "fails":
+        ending.LAST_S = 1.0
+        threading.Thread(target=time.sleep, args=[600], name="plugin").start()
+        raise RuntimeError("it cannot start")
     engine.join()
     raise RuntimeError("the engine's process is gone")
 

@@ -18,7 +18,7 @@ from sliceserve.server.bounds import EXPRESSION_CHARACTERS, STOP_CHARACTERS, Bou
 from sliceserve.server.exchange import Exchange, Refusal, Watch
 from sliceserve.server.per_key import KeyLimits, PerKey
 
-BOUNDS = Bounds(sequences=6, output_tokens=100, stops=2)
+BOUNDS = Bounds(sequences=6, output_tokens=100, stops=2, logprobs=5)
 HALF = {"type": "string", "pattern": "x" * (EXPRESSION_CHARACTERS // 2)}
 FITTING = {"type": "object", "properties": {"a": HALF, "b": HALF}}
 LONG = {"type": "object", "properties": {"a": HALF, "b": HALF, "c": {"pattern": "x"}}}
@@ -43,6 +43,13 @@ LONG = {"type": "object", "properties": {"a": HALF, "b": HALF, "c": {"pattern": 
         ({"max_tokens": 101}, "max_tokens"),
         ({"max_completion_tokens": "101"}, "max_completion_tokens"),
         ({"max_output_tokens": 1e30}, "max_output_tokens"),
+        ({"logprobs": 5, "prompt_logprobs": None, "sampling_params": {"logprobs": 5}}, None),
+        ({"logprobs": True, "top_logprobs": 5}, None),
+        ({"logprobs": 6}, "logprobs"),
+        ({"logprobs": "6"}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 6}, "top_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"sampling_params": {"logprobs": 6}}, "logprobs"),
         ({"stop": ["a", "b", "c"]}, "stop"),
         ({"stop": "x" * (STOP_CHARACTERS + 1)}, "stop"),
         ({"stop": [1, "x" * (STOP_CHARACTERS + 1)]}, "stop"),
@@ -76,7 +83,7 @@ def test_what_asks_too_much_is_named(given: dict[str, Any], argument: str | None
 
 
 def test_without_a_bound_answers_may_be_of_any_length() -> None:
-    assert find_excess({"max_tokens": 10**9}, Bounds(1, None, 1)) is None
+    assert find_excess({"max_tokens": 10**9, "logprobs": 10**9}, Bounds(1, None, 1)) is None
 
 
 def test_a_request_that_asks_too_much_does_not_reach_the_engine() -> None:

@@ -7,8 +7,11 @@ an operation.
 import json
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,13 @@ import told_engine
 from hypothesis import HealthCheck, given, settings
 from jsonschema import validate
 from schemathesis import GenerationMode
-from server_process import ServerProcess, ends_with_its_engine, serving, stopped
+from server_process import (
+    STOP_SECONDS,
+    ServerProcess,
+    ends_with_its_engine,
+    serving,
+    stopped,
+)
 from shapes import byte_tokenizer
 
 KEY = "fuzz"
@@ -250,8 +259,17 @@ def test_an_engine_out_of_memory_ends_streams_and_the_server(
     server: ServerProcess, memory: Path
 ) -> None:
     def fail(engine: int) -> None:
-        (memory / "step").touch()
+        for told in ("step", "hold"):
+            (memory / told).touch()
         os.kill(engine, signal.SIGCONT)
+        deadline = time.monotonic() + STOP_SECONDS
+        while not (memory / "held").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        probe.request("GET", "/livez")  # before the end, as the server may be gone soon after it
+        (memory / "hold").unlink()
 
-    ends_with_its_engine(server, KEY, fail)
+    with closing(HTTPConnection(server.url.removeprefix("http://"), timeout=60)) as probe:
+        ends_with_its_engine(server, KEY, fail)
+        assert probe.getresponse().status == 503
     assert told_engine.MESSAGE in server.log.read_text()

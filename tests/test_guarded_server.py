@@ -1,21 +1,20 @@
-"""The whole server: starting, serving with keys, hung, draining, its engine killed."""
+"""A server with keys: what it tells, what it bounds, hung, draining, and its log afterwards."""
 
 import hashlib
 import json
 import re
 import signal
-import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
-import told_engine
 from browser import needs_chromium, opened
+from guarded import FIXED_KEY, QUEUED_TOKENS, get, keys_in
 from playwright.sync_api import expect
 from server_process import (
     STOP_SECONDS,
@@ -23,160 +22,22 @@ from server_process import (
     post,
     sample,
     scraped_to_its_end,
-    serving,
     stopped,
     stream,
 )
 
-KEY, OTHER_KEY, FIXED_KEY = "key-of-alice", "key-of-bob", "key-from-environment"
-QUEUED_TOKENS = 400
+MESSAGES = [{"role": "user", "content": "x" * 150}]
 ANTHROPIC = r"\[(api_router|vllm_compat)\.py:"
 
 
-@pytest.fixture(scope="module")
-def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("keys") / "keys"
-    file.write_text(f"{KEY}\n")
-    return file
+@pytest.fixture
+def server(guarded: ServerProcess) -> ServerProcess:
+    return guarded
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where files tell the engine what to do: not to end its start, at first."""
-    directory = told_engine.installed(tmp_path_factory.mktemp("engine"))
-    (directory / "hold").touch()
-    return directory
-
-
-@pytest.fixture(scope="module")
-def starting(
-    tiny_sliced: Path, key_file: Path, engine: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ServerProcess]:
-    """A server that nobody has waited for, and that loads the model until it is let."""
-    log = tmp_path_factory.mktemp("guarded") / "log"
-    template = log.with_name("template.jinja")
-    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}\n")
-    options = ["--probe-timeout", "5", "--drain-timeout", "100", "--metrics-public"]
-    options += ["--max-sequences", "4", "--max-output-tokens", "500", "--key-max-requests", "5"]
-    options += ["--max-queued-tokens", str(QUEUED_TOKENS)]
-    # As the status page leaves the temperature to the server.
-    options += ["--override-generation-config", '{"temperature": 0}']
-    with serving(
-        tiny_sliced,
-        log,
-        *(*options, "--api-key-file", str(key_file), "--chat-template", str(template)),
-        SLICESERVE_API_KEY=f"{FIXED_KEY},another",
-        PYTHONPATH=str(engine),
-    ) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def server(starting: ServerProcess, engine: Path) -> ServerProcess:
-    (engine / "hold").unlink()
-    starting.wait_for("/readyz", 200)
-    return starting
-
-
-def get(server: ServerProcess, path: str, key: str | None = None) -> httpx.Response:
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    return httpx.get(f"{server.url}{path}", headers=headers, timeout=30)
-
-
-def keys_in(text: str) -> list[str]:
-    """Those that clients have shown, the wrong ones too."""
-    return [key for key in (KEY, OTHER_KEY, FIXED_KEY, "guessed") if key in text]
-
-
-def test_it_answers_while_the_model_loads(starting: ServerProcess) -> None:
-    alive = starting.wait_for("/livez", 200)
-    assert alive.json()["status"] == "starting"
-    assert alive.json()["step"] in ("reading the options", "loading the model")
-    ready = get(starting, "/readyz")
-    assert (ready.status_code, ready.json()["status"]) == (503, "starting")
-    assert get(starting, "/v1/models").status_code == 401
-    loading = get(starting, "/v1/models", KEY)
-    assert loading.status_code == 503
-    assert "loading" in loading.json()["error"]["message"]
-    assert int(loading.headers["retry-after"]) > 0
-    assert "API key" in get(starting, "/").text
-
-
-def test_every_route_of_the_running_server_needs_a_key(server: ServerProcess) -> None:
-    description = get(server, "/openapi.json", KEY).json()
-    routes = [
-        (method, path)
-        for path, operations in description["paths"].items()
-        for method in operations
-        if path != "/metrics"
-    ]
-    paths = {path for _, path in routes}
-    assert {"/v1/models", "/tokenize", "/invocations", "/health"} <= paths
-    assert not [path for path in paths if "elastic" in path], "these restart the engines"
-    closed = httpx.post(
-        f"{server.url}/scale_elastic_ep", headers={"Authorization": f"Bearer {KEY}"}, timeout=60
-    )
-    assert closed.status_code == 404
-    routes += [("get", path) for path in ("/status.json", "/docs", "/openapi.json", "/no/such")]
-    for method, path in routes:
-        answer = httpx.request(method, f"{server.url}{path}", timeout=30)
-        assert answer.status_code == 401, (method, path)
-        assert answer.json()["error"]["code"] == 401
-    assert "vllm:num_requests_running" in get(server, "/metrics").text
-
-
-def test_what_the_router_refuses_is_an_openai_error(server: ServerProcess) -> None:
-    headers = {"Authorization": f"Bearer {FIXED_KEY}", "Content-Type": "application/json"}
-    for method, path, body, status in (
-        ("GET", "/no/such", b"", 404),
-        ("PUT", "/v1/models", b"", 405),
-        ("POST", "/tokenize", b"\xff\x00", 400),
-    ):
-        answer = httpx.request(
-            method, f"{server.url}{path}", content=body, headers=headers, timeout=60
-        )
-        assert answer.status_code == status
-        assert answer.json()["error"]["code"] == status
-        assert answer.json()["error"]["message"]
-        assert ("GET" in answer.headers.get("allow", "")) == (status == 405)
-
-
-def test_the_openai_client_is_told_what_is_wrong(server: ServerProcess) -> None:
-    good = openai.OpenAI(base_url=f"{server.url}/v1", api_key=FIXED_KEY, max_retries=0)
-    assert [model.id for model in good.models.list()] == ["sliced"]
-    bad = openai.OpenAI(base_url=f"{server.url}/v1", api_key="guessed", max_retries=0)
-    with pytest.raises(openai.AuthenticationError) as caught:
-        bad.models.list()
-    assert "not valid" in str(caught.value)
-    assert "guessed" not in str(caught.value)
-
-
-def test_a_websocket_without_a_key_is_refused(server: ServerProcess) -> None:
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
-        connection.sendall(
-            b"GET /v1/realtime HTTP/1.1\r\nHost: server\r\nConnection: Upgrade\r\n"
-            b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
-            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-        )
-        assert connection.recv(100).startswith(b"HTTP/1.1 401 ")
-
-
-def test_keys_rotate_without_a_restart(server: ServerProcess, key_file: Path) -> None:
-    assert get(server, "/v1/models", KEY).status_code == 200
-    assert get(server, "/v1/models", OTHER_KEY).status_code == 401
-    replacement = key_file.with_name("new")
-    replacement.write_text(f"{OTHER_KEY}\n")
-    replacement.rename(key_file)
-    assert get(server, "/v1/models", KEY).status_code == 401
-    assert get(server, "/v1/models", OTHER_KEY).status_code == 200
-
-
-def test_browsers_of_other_origins_get_no_permission(server: ServerProcess) -> None:
-    headers = {"Origin": "https://a.example", "Authorization": f"Bearer {FIXED_KEY}"}
-    answer = httpx.get(f"{server.url}/v1/models", headers=headers, timeout=60)
-    assert answer.status_code == 200
-    assert not [name for name in answer.headers if name.startswith("access-control")]
+@pytest.fixture
+def engine(guarded_engine: Path) -> Path:
+    return guarded_engine
 
 
 def status_of(server: ServerProcess) -> Any:
@@ -331,6 +192,44 @@ def test_what_asks_too_much_is_refused(
     assert answer.json()["error"]["param"] == argument
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("route", "asked"),
+    [
+        ("completions", {"prompt": "hi", "max_tokens": 2, "logprobs": None}),
+        (
+            "chat/completions",
+            {"messages": MESSAGES, "max_tokens": 2, "logprobs": True, "top_logprobs": None},
+        ),
+        (
+            "responses",
+            {
+                "input": "hi",
+                "max_output_tokens": 2,
+                "include": ["message.output_text.logprobs"],
+                "top_logprobs": None,
+            },
+        ),
+    ],
+)
+def test_who_asks_for_too_many_logprobs_is_refused(
+    server: ServerProcess, route: str, asked: dict[str, Any], streamed: bool
+) -> None:
+    for number, status in ((5, 200), (6, 400)):
+        body = {name: number if value is None else value for name, value in asked.items()}
+        answer = httpx.post(
+            f"{server.url}/v1/{route}",
+            json={"model": "sliced", "stream": streamed} | body,
+            headers={"Authorization": f"Bearer {FIXED_KEY}"},
+            timeout=60,
+        )
+        assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert (error["code"], error["type"]) == (400, "BadRequestError")
+    assert error["param"].endswith("logprobs")
+    assert "is 6, and 5 logprobs are allowed" in error["message"]
+
+
 def test_who_names_no_number_of_tokens_gets_no_more_than_the_bound(server: ServerProcess) -> None:
     asked = {"messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
     answer = httpx.post(
@@ -350,9 +249,6 @@ def test_a_key_has_its_requests_at_a_time(server: ServerProcess) -> None:
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) > 0
         assert get(server, "/ping", "another").status_code == 200
-
-
-MESSAGES = [{"role": "user", "content": "x" * 150}]
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -425,6 +321,17 @@ def test_a_huge_body_is_refused(server: ServerProcess) -> None:
     assert "4194304 bytes" in answer.json()["error"]["message"]
 
 
+def test_a_slow_body_is_refused(server: ServerProcess) -> None:
+    with closing(HTTPConnection(server.url.removeprefix("http://"), timeout=60)) as sender:
+        sender.putrequest("POST", "/v1/completions")
+        sender.putheader("Authorization", f"Bearer {FIXED_KEY}")
+        sender.putheader("Content-Length", "100")
+        sender.endheaders(b"{")
+        answer = sender.getresponse()
+        assert (answer.status, answer.getheader("connection")) == (408, "close")
+        assert "within 5 s" in json.loads(answer.read())["error"]["message"]
+
+
 def test_keys_are_not_handed_to_the_processes_of_vllm(server: ServerProcess) -> None:
     environment = Path(f"/proc/{server.engine()}/environ").read_bytes()
     assert b"VLLM_CPU_KVCACHE_SPACE=1" in environment
@@ -443,6 +350,8 @@ def test_sigterm_drains_and_ends_with_0(server: ServerProcess) -> None:
             assert refused.status_code == 503
             assert int(refused.headers["retry-after"]) > 0
             assert get(server, "/v1/models").status_code == 401
+            assert get(server, "/status.json", "guessed").status_code == 401
+            assert "API key" in get(server, "/").text
             metrics = get(server, "/metrics").text
             assert keys_in(metrics) == []
             assert status_of(server)["model"] == "sliced"
@@ -469,6 +378,7 @@ def test_every_request_has_a_line_in_the_log(
         ("/v1/models", 200, False),
         ("/v1/models", 401, False),
         ("/v1/models", 503, False),
+        ("/v1/completions", 408, False),
         ("/v1/completions", 413, False),
         ("/v1/completions", 200, True),
     }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from server_process import (
     sample,
     serving,
     stream,
+    wait_for_end_of,
     wait_until_gone,
 )
 
@@ -32,11 +34,15 @@ LIMIT_S = 60
 
 
 @contextmanager
-def process(drain_timeout: float, *options: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+def process(
+    drain_timeout: float, *options: str, stderr: int | None = None
+) -> Iterator[tuple["subprocess.Popen[str]", str]]:
     command = [sys.executable, str(SCRIPT), str(drain_timeout), *options]
     # Where vLLM 0.24 does not log by itself.
     environment = os.environ | {"VLLM_LOGGING_STREAM": "ext://sys.stderr"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as started:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
+    ) as started:
         try:
             assert started.stdout
             yield started, f"http://127.0.0.1:{int(started.stdout.readline())}"
@@ -89,10 +95,50 @@ def test_a_second_signal_while_the_engine_stops_ends_its_processes() -> None:
         assert read_stat(worker)
         started.send_signal(signal.SIGTERM)
         assert end_of(started)[0] == 128 + signal.SIGTERM
-    deadline = time.monotonic() + STOP_SECONDS
-    while read_stat(worker) and read_stat(worker)[1] != "Z":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_end_of(worker)
+
+
+def test_a_thread_that_stays_does_not_hold_the_end_up() -> None:
+    with process(2, "stays", "brief", stderr=subprocess.STDOUT) as (started, url):
+        assert httpx.get(f"{url}/metrics", timeout=LIMIT_S).text == "begun"
+        started.send_signal(signal.SIGTERM)
+        code, output = end_of(started)
+    assert code == 1
+    assert told_end(output) == "within 3 s; it is ended although this still runs: plugin."
+
+
+def test_a_second_signal_shortens_the_bound_of_the_end() -> None:
+    with (
+        process(10_000, "stays", "brief", stderr=subprocess.STDOUT) as (started, url),
+        httpx.stream("GET", url, timeout=LIMIT_S) as answer,
+    ):
+        assert next(answer.iter_bytes()) == b"begun"
+        started.send_signal(signal.SIGTERM)
+        assert httpx.get(url, timeout=LIMIT_S).status_code == 503
+        started.send_signal(signal.SIGINT)
+        code, output = end_of(started)
+    assert code == 1
+    assert told_end(output) == "within 1 s; it is ended although this still runs: plugin."
+
+
+def test_an_engine_that_does_not_stop_is_ended_with_the_server() -> None:
+    with process(0, "stuck", "brief", stderr=subprocess.STDOUT) as (started, url):
+        assert started.stdout
+        worker = Path(f"/proc/{int(started.stdout.readline())}/stat")
+        assert httpx.get(f"{url}/metrics", timeout=LIMIT_S).text == "begun"
+        assert read_stat(worker)
+        started.send_signal(signal.SIGTERM)
+        code, output = end_of(started)
+    assert code == 1
+    assert "shutdown 10" in output
+    assert re.search(r"within 1 s; .* runs: MainThread, .*Process-1 \(\d+\)\.$", told_end(output))
+    wait_for_end_of(worker)
+
+
+def told_end(output: list[str]) -> str:
+    """What the log says of an end that took too long."""
+    (said,) = (line for line in output if "The server did not end " in line)
+    return said.partition("The server did not end ")[2]
 
 
 def test_a_client_that_reads_slowly_has_the_time_of_the_drain() -> None:

@@ -62,7 +62,6 @@ NO_PAIR = "no certificate with its unencrypted key in PEM"
         ("--ssl-cert-reqs 2", "--ssl-cert-reqs 2", "no --ssl-certfile"),
         ("--ssl-ciphers AES", "--ssl-ciphers AES", "no --ssl-certfile"),
         ("--enable-ssl-refresh", "--enable-ssl-refresh", "no --ssl-certfile"),
-        ("--ssl-certfile cert --enable-ssl-refresh", "--enable-ssl-refresh", "no --ssl-keyfile"),
         (f"{PAIR} --ssl-ca-certs ca", "--ssl-ca-certs ca", "without --ssl-cert-reqs 2"),
         (f"{PAIR} --ssl-cert-reqs 1", "--ssl-cert-reqs 1", "no --ssl-ca-certs"),
         (f"{PAIR} --ssl-cert-reqs 2", "--ssl-cert-reqs 2", "no --ssl-ca-certs"),
@@ -94,7 +93,7 @@ def test_tls_options_of_use_are_not_refused() -> None:
     certificate, key = Path("cert").read_bytes(), Path("key").read_bytes()
     Path("both").write_bytes(key + certificate)
     for given in (
-        "", PAIR, "--ssl-certfile both", f"{PAIR} --ssl-ciphers ECDHE+AESGCM",
+        "", PAIR, "--ssl-certfile both --enable-ssl-refresh", f"{PAIR} --ssl-ciphers ECDHE+AESGCM",
         f"{PAIR} --ssl-cert-reqs 2 --ssl-ca-certs ca --enable-ssl-refresh",
     ):  # fmt: skip
         args = options(*given.split())

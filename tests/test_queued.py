@@ -262,6 +262,7 @@ def test_a_full_queue_makes_the_server_unready(limit: int | None, status: int) -
         Lifecycle(Phase.SERVING),
         ServerMetrics(registry, "m"),
         lambda _exchange: None,
+        max_logprobs=20,
         traces=False,
     )
 

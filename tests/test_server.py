@@ -1,9 +1,7 @@
 """`sliceserve serve` as its users meet it: a real process, the openai client, real requests."""
 
 import json
-import math
 import re
-import socket
 import subprocess
 import time
 import urllib.request
@@ -19,7 +17,6 @@ import pytest
 from helm_render import (
     CHART,
     GPU_SERIES,
-    board,
     board_expressions,
     of_kind,
     render,
@@ -28,14 +25,12 @@ from helm_render import (
     series_of,
 )
 from prometheus_client.parser import text_string_to_metric_families
-from real_prometheus import answer_of, filled_in, scraping
-from server_process import STOP_SECONDS, reserved_port, serving, wait_until_gone
+from real_prometheus import answer_of, answers_to_the_board, scraping
+from server_process import STOP_SECONDS, serving, wait_until_gone
 from test_rules import PROMTOOL, needs_promtool
 from transformers import AutoTokenizer
 
-from sliceserve.server.serve import confine, main, make_parser, parse_arguments
 from sliceserve.slicing.checkpoint import read_checkpoint_summary
-from sliceserve.slicing.errors import UserError
 
 MAX_MODEL_LEN = 512
 
@@ -330,44 +325,6 @@ def test_metrics_count_a_request_exactly(
     assert 0 < queued < first <= latency <= elapsed
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["/no/such/directory"], "/no/such/directory"),
-        (["DIR", "--headless"], "--headless"),
-        (["DIR", "--api-server-count", "2"], "--api-server-count 2"),
-        (["DIR", "--enable-prompt-embeds"], "--enable-prompt-embeds"),
-        (["DIR", "--model", "other"], "--model other"),
-    ],
-)
-def test_refused_arguments_are_named(arguments: list[str], named: str) -> None:
-    with pytest.raises(UserError) as caught:
-        main(arguments)
-    assert named in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_port_in_use_is_named(tiny_sliced: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=rf"--port {port}: .*in use"):
-            main([str(tiny_sliced), "--host", "127.0.0.1", "--port", str(port)])
-
-
-def test_impossible_option_value_is_one_sentence(tiny_sliced: Path) -> None:
-    wanted = pytest.raises(UserError, match=r"max_model_len \(99999999\)")
-    with reserved_port() as port, wanted as caught:
-        main([str(tiny_sliced), "--port", str(port), "--max-model-len", "99999999"])
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_directory_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main([])
-    assert caught.value.code == 2
-    assert "required: DIR" in capsys.readouterr().err
-
-
 def test_the_chart_asks_for_series_that_the_server_exports(server: Server) -> None:
     """Those of the alert rules, the autoscaler and the board; `up` is Prometheus' own."""
     values = scenario(CHART / "ci" / "full-values.yaml")
@@ -386,34 +343,6 @@ def test_the_chart_asks_for_series_that_the_server_exports(server: Server) -> No
     for name in sorted(wanted - recorded - GPU_SERIES - {"up"}):
         assert name in labels, name
         assert "model_name" in labels[name]
-
-
-@pytest.mark.parametrize("path", sorted(CHART.glob("ci/*-values.yaml")), ids=lambda path: path.name)
-def test_the_server_takes_the_command_of_a_rendered_pod(path: Path) -> None:
-    manifests = render(scenario(path))
-    pods = [deployment["spec"]["template"] for deployment in of_kind(manifests, "Deployment")]
-    for group in of_kind(manifests, "LeaderWorkerSet"):
-        pods.append(group["spec"]["leaderWorkerTemplate"]["leaderTemplate"])
-    (pod,) = pods
-    (container,) = pod["spec"]["containers"]
-    *program, directory = container["command"]
-    assert "sliceserve serve" in " ".join(program)
-    rest = [directory, *container["args"]]
-    args, settings = parse_arguments(make_parser(), rest)
-    assert settings.insecure != bool(settings.api_key_file)
-    confine(args, keyed=bool(settings.api_key_file), insecure=settings.insecure)
-    (probe,) = {container[name]["timeoutSeconds"] for name in ("livenessProbe", "readinessProbe")}
-    assert probe > settings.probe_timeout
-    grace = pod["spec"]["terminationGracePeriodSeconds"]
-    waits = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert grace >= waits + settings.drain_timeout + 20
-    assert args.host == "0.0.0.0"
-    assert args.port == 8000
-    assert args.model == directory
-    options = dict(word.lstrip("-").split("=") for word in container["args"] if "=" in word)
-    assert args.tensor_parallel_size == int(options["tensor-parallel-size"])
-    assert args.pipeline_parallel_size == int(options["pipeline-parallel-size"])
-    assert args.served_model_name == [options["served-model-name"]]
 
 
 @pytest.fixture
@@ -457,22 +386,8 @@ def test_a_real_prometheus_answers_every_query_of_the_board(
     """With numbers, but of GPUs, of which there are none here."""
     answer_of(prometheus, "/query", lambda data: data["result"], query="up == 1")
     client.completions.create(model=server.model, prompt=PROMPT, **GREEDY)
-    asked = 0
-    for panel in board()["panels"]:
-        title, targets = panel["title"], panel.get("targets", [])
-        empty = title.startswith(("GPU memory", "GPU utilization"))
-        for query in (filled_in(target["expr"], server.model) for target in targets):
-            found = answer_of(
-                prometheus, "/query", lambda data, empty=empty: empty or numbers(data), query=query
-            )
-            assert empty == (not found["result"]), title
-            asked += 1
+    asked = answers_to_the_board(prometheus, namespace="llm", model=server.model, instance=".*")
     assert asked == len(board_expressions())
-
-
-def numbers(data: Any) -> bool:
-    values = [float(series["value"][1]) for series in data["result"]]
-    return bool(values) and all(map(math.isfinite, values))
 
 
 def rules_of(data: Any) -> list[dict[str, Any]]:

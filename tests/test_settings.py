@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sliceserve.server.serve import main, make_parser, parse_arguments
+from sliceserve.slicing.cli import main as command_line
 from sliceserve.slicing.errors import UserError
 
 
@@ -136,6 +137,17 @@ def test_an_unknown_flag_is_an_error(capsys: pytest.CaptureFixture[str]) -> None
 def test_an_unknown_key_in_the_file_is_an_error(line: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=line.split(":")[0]):
         main(["DIR", "--config", config(tmp_path, f"{line}\n"), "--print-config"])
+
+
+def test_an_unknown_key_in_the_file_ends_the_command_with_2_and_a_sentence(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = config(tmp_path, "drane-timeout: 3\n")
+    assert command_line(["serve", "DIR", "--config", file]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    said = f"sliceserve: error: --config {file!r}: there is no option 'drane-timeout'\n"
+    assert captured.err == said
 
 
 @pytest.mark.parametrize("name", ["SLICESERVE_DRAIN_TIME", "sliceserve_drain_time"])

@@ -2,7 +2,8 @@
 
 `installed` makes the directory that a server's `PYTHONPATH` has to name. In it, a file `load` makes
 the loading of the model run out of GPU memory, a file `step` the next step of the engine, with
-a file `hold` the model that is loaded waits for its end, and with a file `slow` steps take longer.
+a file `hold` the model that is loaded waits for its end, as does a step, which makes a file `held`,
+and with a file `slow` steps take longer.
 """
 
 import shutil
@@ -39,13 +40,19 @@ def register() -> None:
         if is_told(name):
             raise torch.OutOfMemoryError(MESSAGE)
 
+    def wait_while_told(name: str) -> None:
+        while is_told(name):
+            time.sleep(0.01)
+
     def load_model(self: Any, **options: Any) -> None:
         fail_if_told("load")
         self.worker.load_model(**options)
-        while is_told("hold"):
-            time.sleep(0.01)
+        wait_while_told("hold")
 
     def execute_model(self: Any, *arguments: Any, **options: Any) -> Any:
+        if is_told("hold"):
+            Path(__file__).with_name("held").touch()
+            wait_while_told("hold")
         fail_if_told("step")
         if is_told("slow"):
             time.sleep(SLOW_S)
