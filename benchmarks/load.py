@@ -151,9 +151,7 @@ def differences(sent: Counter[str], counted: Counter[str]) -> list[str]:
         wrong.append(
             f"generation_tokens: {counted['generation_tokens']} counted, {least} to {most} expected"
         )
-    if sent["failures"]:
-        wrong.append(f"{sent['failures']} requests failed")
-    return wrong
+    return wrong + [f"{sent[name]} × {name}" for name in sent if name.startswith("failed: ")]
 
 
 def grows(values: list[float], noise: float) -> bool:

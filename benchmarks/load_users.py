@@ -24,8 +24,9 @@ def add_option(parser: ArgumentParser) -> None:
 
 
 @events.request.add_listener
-def count_failure(exception: object, **_: object) -> None:
-    TOTALS["failures"] += exception is not None
+def count_failure(exception: object, name: str, **_: object) -> None:
+    if exception is not None:
+        TOTALS[f"failed: {name}: {exception}"] += 1
 
 
 @events.quitting.add_listener

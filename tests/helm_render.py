@@ -1,6 +1,7 @@
 """The chart rendered by a real Helm, offline."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,18 +102,34 @@ def board_expressions() -> list[Any]:
     ]
 
 
-def series_of(expression: Any) -> set[str]:
-    """Names of the series that a parsed expression selects."""
-    names: set[str] = set()
+def selectors_of(expression: Any) -> list[Any]:
+    """What a parsed expression selects."""
+    found: list[Any] = []
 
     def visit(node: Any) -> None:
         # The selector of a range is no node of its own.
         selector = getattr(node, "vector_selector", node)
         if isinstance(selector, promql_parser.VectorSelector):
-            names.add(selector.name)
+            found.append(selector)
 
     promql_parser.walk(expression, visit)
-    return names
+    return found
+
+
+def series_of(expression: Any) -> set[str]:
+    """Names of the series that a parsed expression selects."""
+    return {selector.name for selector in selectors_of(expression)}
+
+
+def asked_now(selector: Any, without: str = "") -> str:
+    """A selector as a query: its name and matchers, but for those of one label, and no offset."""
+    signs = {"Equal": "=", "NotEqual": "!=", "Re": "=~", "NotRe": "!~"}
+    matchers = ",".join(
+        f"{matcher.name}{signs[str(matcher.op).rpartition('.')[2]]}{json.dumps(matcher.value)}"
+        for matcher in selector.matchers.matchers
+        if matcher.name != without
+    )
+    return f"{selector.name}{{{matchers}}}"
 
 
 FULL = scenario(CHART / "ci" / "full-values.yaml")
@@ -120,6 +137,14 @@ NODES = scenario(CHART / "ci" / "nodes-values.yaml")
 HPA = scenario(CHART / "ci" / "hpa-values.yaml")
 NOTES = "sliceserve/templates/NOTES.txt"
 HUB: Manifest = {"model": {"hub": "owner/name"}}
+
+
+def adapter_rule() -> dict[str, Any]:
+    """The rule for prometheus-adapter that the operator's page has."""
+    page = (REPOSITORY / "docs" / "operate.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (rule,) = yaml.safe_load(block)
+    return dict(rule)
 
 
 def selects(selector: Manifest, labels: dict[str, str]) -> bool:

@@ -20,7 +20,6 @@ from helm_render import (
     NODES,
     NOTES,
     SCENARIOS,
-    Manifest,
     of_kind,
     pods,
     render,
@@ -36,10 +35,6 @@ from sliceserve.server.serve import make_parser, parse_arguments
 
 NEWEST = int(kubernetes_validate.latest_version().split(".")[1])
 ids = {"ids": lambda path: path.name.removesuffix("-values.yaml")}
-
-
-def without_values(spec: Manifest) -> dict[str, str]:
-    return {entry["name"]: entry["value"] for entry in spec["env"] if "value" in entry}
 
 
 @pytest.mark.parametrize("path", SCENARIOS, **ids)
@@ -64,10 +59,10 @@ def test_kubernetes_takes_every_manifest(minor: int) -> None:
     for manifest in map(json.loads, manifests):
         group = manifest["apiVersion"].split("/")[0]
         if group in ("monitoring.coreos.com", "keda.sh", "gateway.networking.k8s.io"):
-            continue  # tested below: `..._custom_resources_...`
+            continue  # in test_chart_custom.py
         found = [manifest]
         if manifest["kind"] == "LeaderWorkerSet":
-            # Of it only its pods; the rest is in `..._several_nodes_...`.
+            # Of it only its pods; the rest is there too.
             found = [{"apiVersion": "v1", "kind": "Pod"} | pod for pod in pods([manifest])]
         for one in found:
             kubernetes_validate.validate(one, f"1.{minor}", strict=True)
@@ -235,16 +230,6 @@ def test_pods_pass_the_restricted_standard(path: Path, version: str) -> None:
             }
             mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
             assert mounts <= {volume["name"] for volume in spec.get("volumes", [])}
-
-
-@pytest.mark.parametrize("path", SCENARIOS, **ids)
-def test_secrets_are_named_and_never_made(path: Path) -> None:
-    manifests = render(scenario(path))
-    assert of_kind(manifests, "Secret") == []
-    for pod in pods(manifests):
-        for container in pod["spec"]["containers"]:
-            values = without_values({"env": container.get("env", [])})
-            assert not values.keys() & {"HF_TOKEN", "API_KEY", "SLICESERVE_API_KEY"}
 
 
 def test_parallel_sizes_drive_gpus_and_shared_memory() -> None:

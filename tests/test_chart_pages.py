@@ -10,20 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import helm_python
+import promql_parser
 import pytest
 import yaml
 from conftest import tiny_config
 from helm_render import (
     CHART,
+    FULL,
     HPA,
     HUB,
     NODES,
     NOTES,
     REPOSITORY,
+    adapter_rule,
     of_kind,
     pods,
     render,
     render_files,
+    series_of,
     slicing_job,
     with_values,
 )
@@ -212,3 +216,24 @@ def test_the_operators_page_names_values_and_options_that_exist() -> None:
     for flag in ("--max-requests", "--max-num-seqs", "--probe-timeout"):
         assert flag in page
         assert flag in serve
+
+
+def test_the_pages_rule_for_an_adapter_is_one_of_what_both_scalers_ask_for() -> None:
+    """What it finds in a real Prometheus is in test_chart_server.py."""
+    rule = adapter_rule()
+    # All fields of prometheus-adapter's rules, but seriesFilters.
+    assert rule.keys() == {"seriesQuery", "resources", "name", "metricsQuery"}
+    assert rule["resources"] == {
+        "overrides": {name: {"resource": name} for name in ("namespace", "pod")}
+    }
+    (scaled,), (scaler,) = (
+        of_kind(render(values), kind)
+        for values, kind in ((FULL, "ScaledObject"), (HPA, "HorizontalPodAutoscaler"))
+    )
+    keda = promql_parser.parse(scaled["spec"]["triggers"][0]["metadata"]["query"])
+    assert series_of(promql_parser.parse(rule["seriesQuery"])) == series_of(keda)
+    assert rule["name"] == {"as": scaler["spec"]["metrics"][0]["pods"]["metric"]["name"]}
+    filled = re.sub(r"<<\.(\w+)>>", r"\1", rule["metricsQuery"])
+    # A selector of matchers by name is no PromQL, what they are replaced by is.
+    query = promql_parser.parse(filled.replace("{LabelMatchers}", '{pod=~"a|b"}'))
+    assert query.prettify() == 'sum by (GroupBy) (Series{pod=~"a|b"})'

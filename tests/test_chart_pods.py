@@ -1,6 +1,9 @@
-"""What the chart's pods are given: probes, sources, places, and who may reach them."""
+"""What the chart's pods are given: probes, sources, secrets, places, and who may reach them."""
 
+import json
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -11,8 +14,10 @@ from helm_render import (
     FULL,
     HUB,
     NODES,
+    SCENARIOS,
     Manifest,
     of_kind,
+    pods,
     render,
     scenario,
     server_pod,
@@ -150,6 +155,57 @@ def test_the_job_finds_the_model_wherever_it_is() -> None:
             assert download["envFrom"] == [{"secretRef": {"name": "object-storage"}}]
             assert {"name": "model", "mountPath": "/model"} in download["volumeMounts"]
         assert bool(pod.get("initContainers")) == (name == "cpu")
+
+
+# The secrets that each scenario's pods name.
+SECRETS: dict[str, set[str]] = {
+    "cpu": {"object-storage"}, "full": {"hub", "keys", "registry"}, "hpa": set(), "hub": set(),
+    "nodes": {"keys"}, "oci": set(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.name)
+def test_secrets_are_named_and_never_made(path: Path) -> None:
+    """By every container of every pod, those that come first and the Job's too."""
+    manifests = render(scenario(path))
+    assert of_kind(manifests, "Secret") == []
+    named: set[str] = set()
+    for pod in pods(manifests):
+        spec = pod["spec"]
+        named |= {secret["name"] for secret in spec.get("imagePullSecrets", [])}
+        volumes = [volume for volume in spec.get("volumes", []) if "secret" in volume]
+        named |= {volume["secret"]["secretName"] for volume in volumes}
+        for container in spec["containers"] + spec.get("initContainers", []):
+            entries = container.get("env", [])
+            plain = [entry["name"] for entry in entries if "value" in entry]
+            assert not [name for name in plain if re.search("TOKEN|KEY|SECRET|PASS", name)]
+            sources = [entry["valueFrom"] for entry in entries if "valueFrom" in entry]
+            for source in sources + container.get("envFrom", []):
+                ((kind, reference),) = source.items()
+                assert kind in ("secretKeyRef", "secretRef", "fieldRef")
+                named |= {reference["name"]} if kind != "fieldRef" else set()
+    assert named == SECRETS[path.name.removesuffix("-values.yaml")]
+
+
+def test_no_value_of_the_chart_is_a_secret() -> None:
+    """Those named as one hold the name of a Secret, or of a key in it."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+
+    def leaves(properties: dict[str, Any], path: str = "") -> Iterator[str]:
+        for name, value in properties.items():
+            yield from leaves(value.get("properties", {}), f"{path}{name}.")
+            if "properties" not in value:
+                yield f"{path}{name}"
+
+    found = {
+        path
+        for path in leaves(schema["properties"])
+        if re.search("(?i)token|key|secret|auth|pass", path)
+    }
+    assert found == {
+        "auth.existingSecret", "auth.key", "image.pullSecrets", "ingress.tlsSecret",
+        "model.download.existingSecret", "model.hubToken.existingSecret", "model.hubToken.key",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("version", ["1.28.0", "1.30.9"])

@@ -1,7 +1,11 @@
-"""The chart's pods run here: the server's rendered command, its probes, the pod of `helm test`."""
+"""The chart's pods run here: the server's rendered command, its probes, the pod of `helm test`.
+
+And Prometheus, as the chart and the compose file have it scrape that server.
+"""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,12 +14,27 @@ from typing import Any
 
 import httpx
 import openai
+import promql_parser
 import pytest
 from browser import needs_chromium, opened
-from helm_render import CHART, Manifest, of_kind, render, scenario
+from helm_render import (
+    CHART,
+    Manifest,
+    adapter_rule,
+    asked_now,
+    board,
+    board_expressions,
+    of_kind,
+    render,
+    rule_expressions,
+    scenario,
+    selectors_of,
+    with_values,
+)
 from playwright.sync_api import expect
+from real_prometheus import LABELS, answer_of, answers_to_the_board, filled_in, scraping
 from safetensors.torch import load_file
-from server_process import ServerProcess, reserved_port, started
+from server_process import ServerProcess, post, reserved_port, started
 
 KEY = "key-of-alice"
 BIN = Path(sys.executable).parent
@@ -34,12 +53,22 @@ def environment(container: Manifest, places: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def manifests() -> Iterator[list[Manifest]]:
-    values = scenario(CHART / "ci" / "cpu-values.yaml")
-    values["model"]["servedName"] = "small"
+def values() -> Iterator[dict[str, Any]]:
+    found = scenario(CHART / "ci" / "cpu-values.yaml")
+    found["model"]["servedName"] = "small"
     with reserved_port() as port:
-        values["server"] |= {"port": port, "maxModelLen": 256}
-        yield render(values | {"auth": {"existingSecret": "keys"}})
+        found["server"] |= {"port": port, "maxModelLen": 256}
+        yield found | {
+            "auth": {"existingSecret": "keys"},
+            "autoscaling": {"kind": "keda", "prometheusAddress": "http://prometheus:9090"},
+            "checkpoints": {"accessMode": "ReadWriteMany"},
+            "monitoring": {"monitor": "service", "rules": {"enabled": True}},
+        }
+
+
+@pytest.fixture(scope="module")
+def manifests(values: dict[str, Any]) -> list[Manifest]:
+    return render(values)
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +178,103 @@ def test_the_pod_of_helm_test_asks_it(manifests: list[Manifest], server: ServerP
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def address_of(server: ServerProcess) -> str:
+    return server.url.removeprefix("http://")
+
+
+@pytest.fixture
+def prometheus(
+    manifests: list[Manifest], container: Manifest, server: ServerProcess, tmp_path: Path
+) -> Iterator[httpx.Client]:
+    """With the chart's rules, scraping what its ServiceMonitor names; clients have been served."""
+    server.wait_for("/readyz", 200)
+    (monitor,) = of_kind(manifests, "ServiceMonitor")
+    ((port, path),) = ((e["port"], e["path"]) for e in monitor["spec"]["endpoints"])
+    assert (port, path) == (container["ports"][0]["name"], "/metrics")
+    (rule,) = of_kind(manifests, "PrometheusRule")
+    with scraping(address_of(server), rule["spec"], tmp_path) as api:
+        assert post(server, KEY, model="small").status_code == 200
+        yield api
+
+
+def series_found(api: httpx.Client, query: str) -> list[Any]:
+    """What an instant query finds, as soon as it does."""
+    found = answer_of(api, "/query", lambda data: data["result"], query=query)["result"]
+    return list(found)
+
+
+# Labels of which some values have no series until it has happened.
+UNTIL_IT_HAPPENS = {'status=~"5.."': "status"}
+
+
+def test_rules_and_scaler_select_series_that_there_are(
+    values: dict[str, Any], manifests: list[Manifest], prometheus: httpx.Client
+) -> None:
+    """Each selector with all of its matchers, as the release is named and its pods are scraped."""
+    (scaled,) = of_kind(manifests, "ScaledObject")
+    query = scaled["spec"]["triggers"][0]["metadata"]["query"]
+    expressions = [*rule_expressions(values), promql_parser.parse(query)]
+    found = [selectors_of(expression) for expression in expressions]
+    assert all(found)
+    selectors = {asked_now(selector): selector for some in found for selector in some}
+    later = set()
+    for text, selector in selectors.items():
+        for matcher, label in UNTIL_IT_HAPPENS.items():
+            if matcher in text:
+                later.add(selector.name)
+                text = asked_now(selector, without=label)
+        assert series_found(prometheus, text)
+    assert later == {"sliceserve_http_responses_total"}
+    (waiting,) = series_found(prometheus, query)
+    assert waiting["value"][1] == "0"
+
+
+def test_the_pages_rule_for_an_adapter_serves_what_the_scaler_asks_for(
+    values: dict[str, Any], prometheus: httpx.Client
+) -> None:
+    """As prometheus-adapter fills in its template, for the pods that the scaler asks about."""
+    (scaler,) = of_kind(
+        render(with_values(values, "autoscaling", {"kind": "hpa"})), "HorizontalPodAutoscaler"
+    )
+    asked = scaler["spec"]["metrics"][0]["pods"]["metric"]
+    rule = adapter_rule()
+    (discovered,) = answer_of(prometheus, "/series", bool, **{"match[]": rule["seriesQuery"]})
+    of_kubernetes = {label: discovered[label] for label in rule["resources"]["overrides"]}
+    assert of_kubernetes == LABELS
+    matchers = of_kubernetes | asked["selector"]["matchLabels"]
+    query = rule["metricsQuery"]
+    for name, value in {
+        "Series": discovered["__name__"],
+        "LabelMatchers": ",".join(f'{label}="{value}"' for label, value in matchers.items()),
+        "GroupBy": "pod",
+    }.items():
+        query = query.replace(f"<<.{name}>>", value)
+    (waiting,) = series_found(prometheus, query)
+    assert waiting["metric"] == {"pod": LABELS["pod"]}
+    assert waiting["value"][1] == "0"
+    assert rule["name"]["as"] == asked["name"]
+
+
+def test_the_board_wants_no_label_of_kubernetes(server: ServerProcess, tmp_path: Path) -> None:
+    """Compose's Prometheus gives none: no namespace is offered, and "All" are those without one."""
+    server.wait_for("/readyz", 200)
+    variables = {one["name"]: one for one in board()["templating"]["list"] if "allValue" in one}
+    chosen: dict[str, str] = {}
+    offered: dict[str, list[str]] = {}
+    with scraping(address_of(server), {"groups": []}, tmp_path, labels={}) as api:
+        assert series_found(api, "up == 1")
+        assert post(server, KEY, model="small").status_code == 200
+        for name, variable in variables.items():
+            asked = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"])
+            assert asked
+            series = filled_in(asked[1], **chosen)
+            assert series_found(api, series)
+            found = api.get(f"/label/{asked[2]}/values", params={"match[]": series})
+            offered[name] = found.json()["data"]
+            assert variable["includeAll"]
+            assert variable["current"]["value"] == "$__all"
+            chosen[name] = variable["allValue"]
+        assert offered == {"namespace": [], "model": ["small"], "instance": [address_of(server)]}
+        assert answers_to_the_board(api, **chosen) == len(board_expressions())

@@ -40,7 +40,8 @@ def test_what_is_counted_otherwise_is_told(name: str, value: int) -> None:
 
 
 def test_a_request_that_failed_is_told() -> None:
-    assert differences(SENT + Counter(failures=1), COUNTED) == ["1 requests failed"]
+    failed = Counter({"failed: whole: gone": 2})
+    assert differences(SENT + failed, COUNTED) == ["2 × failed: whole: gone"]
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from helm_render import CHART, of_kind, render, rule_expressions, scenario
+from helm_render import FULL, NODES, of_kind, render, rule_expressions, with_values
 
-FULL = scenario(CHART / "ci" / "full-values.yaml")
+GROUP = with_values(NODES, "monitoring.rules.enabled", True)
 PROMTOOL = shutil.which("promtool", path=str(Path(sys.executable).parent))
 POD = 'namespace="llm",pod="demo-sliceserve-5d9c7b-x2x4z"'
 MODEL = 'namespace="llm",model_name="llama-2-70b"'
@@ -131,12 +131,48 @@ LATER = {"SliceserveGpuTimeRegression": "1500m"}
 # Names that Kubernetes gives pods of ours, and of others.
 DEPLOYMENT_POD = "demo-sliceserve-5d9c7b-x2x4z"
 LEADERS = ["demo-sliceserve-group-0", "demo-sliceserve-group-11"]
+WORKER = "demo-sliceserve-group-0-1"
 
 
-def rules() -> dict[str, Any]:
-    (rule,) = of_kind(render(FULL), "PrometheusRule")
+def up(pod: str) -> str:
+    return f'up{{namespace="llm",pod="{pod}"}}'
+
+
+def ready(pod: str) -> str:
+    return f'sliceserve_ready{{namespace="llm",pod="{pod}",model_name="Llama-2-70b-hf"}}'
+
+
+FIRST, SECOND = LEADERS
+# The same of a group, for alerts on pods: its leaders serve and nothing asks its workers.
+GROUP_CASES: dict[str, tuple[dict[str, str], ...]] = {
+    "SliceserveTargetDown": (
+        {up(FIRST): "1x10 0x2000", up(SECOND): "1x2000"},
+        {up(FIRST): "1x2000", up(WORKER): "1x10 0x2000"},
+    ),
+    "SliceserveNoReplicaUp": (
+        {up(FIRST): "1x38 0x2", up(SECOND): "1x20 0x2", up(WORKER): "1x2000"},
+        {up(FIRST): "1x38 0x2", up(SECOND): "1x2000"},
+    ),
+    "SliceserveNoReplicaReady": (
+        {ready(FIRST): "1x30 0x2000", ready(SECOND): "0x2000", READY: "1x2000"},
+        {ready(FIRST): "1x30 0x2000", ready(SECOND): "1x2000"},
+    ),
+    "SliceserveNoReplicaYet": (
+        {up(FIRST): "0x2000", up(WORKER): "1x2000", UP: "1x2000"},
+        {up(FIRST): "0x2000", up(SECOND): "0x30 1x2000"},
+    ),
+}
+
+
+def rules(values: dict[str, Any] = FULL) -> dict[str, Any]:
+    (rule,) = of_kind(render(values), "PrometheusRule")
     spec: dict[str, Any] = rule["spec"]
     return spec
+
+
+def alerts(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    (group,) = rules(values)["groups"]
+    return {rule["alert"]: rule for rule in group["rules"] if "alert" in rule}
 
 
 def promtool(*arguments: str, directory: Path) -> str:
@@ -149,10 +185,8 @@ def promtool(*arguments: str, directory: Path) -> str:
 
 
 def test_every_alert_says_what_to_do() -> None:
-    (group,) = rules()["groups"]
-    alerts = {rule["alert"]: rule for rule in group["rules"] if "alert" in rule}
-    assert set(alerts) == set(CASES)
-    for rule in alerts.values():
+    assert alerts(FULL).keys() == CASES.keys()
+    for rule in alerts(FULL).values():
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"]["summary"]
         assert rule["annotations"]["runbook"]
@@ -160,27 +194,30 @@ def test_every_alert_says_what_to_do() -> None:
 
 def test_pods_of_a_group_are_found_by_their_leader() -> None:
     """A group's leader has its number, a worker a second: demo-sliceserve-group-0-1."""
-    values = scenario(CHART / "ci" / "nodes-values.yaml") | {
-        "monitoring": {"rules": {"enabled": True}}
-    }
-    (rule,) = of_kind(render(values), "PrometheusRule")
-    for spec, pods in (
-        (rules(), [DEPLOYMENT_POD]),
-        (rule["spec"], LEADERS),
-    ):
-        (group,) = spec["groups"]
-        (down,) = (
-            entry for entry in group["rules"] if entry.get("alert") == "SliceserveTargetDown"
-        )
-        pattern = re.search(r'pod=~"([^"]+)"', down["expr"])
+    for values, found in ((FULL, [DEPLOYMENT_POD]), (GROUP, LEADERS)):
+        pattern = re.search(r'pod=~"([^"]+)"', alerts(values)["SliceserveTargetDown"]["expr"])
         assert pattern
-        assert all(re.fullmatch(pattern[1], pod) for pod in pods)
+        assert all(re.fullmatch(pattern[1], pod) for pod in found)
         others = ["demo-sliceserve-slice-5d9c7b1234-x2x4z", "demo-sliceserve-test"]
         assert not any(re.fullmatch(pattern[1], pod) for pod in others)
     # The pattern of the last release, a group's, of the set's own name.
-    assert not re.fullmatch(pattern[1], "demo-sliceserve-group-0-1")
-    (group_of_pods,) = of_kind(render(values), "LeaderWorkerSet")
+    assert not re.fullmatch(pattern[1], WORKER)
+    (group_of_pods,) = of_kind(render(GROUP), "LeaderWorkerSet")
     assert re.fullmatch(pattern[1], f"{group_of_pods['metadata']['name']}-0")
+
+
+def test_alerts_of_a_group_differ_in_pods_and_model_only() -> None:
+    of_group, others = (
+        {
+            name: re.sub('(pod=~|model_name=)"[^"]+"', "\\1", rule["expr"])
+            for name, rule in alerts(values).items()
+        }
+        for values in (GROUP, FULL)
+    )
+    assert of_group == others
+    assert {name for name, expression in others.items() if "pod=~" in expression} == set(
+        GROUP_CASES
+    )
 
 
 def test_every_expression_parses() -> None:
@@ -194,15 +231,28 @@ def test_promtool_takes_the_rules(tmp_path: Path) -> None:
     assert f"SUCCESS: {len(CASES) + 1} rules found" in printed
 
 
+def every(cases: dict[str, tuple[dict[str, str], ...]]) -> list[tuple[str, int]]:
+    return [(alert, number) for alert, found in cases.items() for number in range(len(found))]
+
+
 @needs_promtool
-@pytest.mark.parametrize(
-    ("alert", "number"), [(alert, n) for alert, cases in CASES.items() for n in range(len(cases))]
-)
+@pytest.mark.parametrize(("alert", "number"), every(CASES))
 def test_an_alert_fires_when_it_must(alert: str, number: int, tmp_path: Path) -> None:
     """The first case fires, the others are quiet."""
-    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules()))
-    series, fires = CASES[alert][number], number == 0
-    when = LATER.get(alert, "45m")
+    expect_alert(alert, rules(), CASES[alert][number], number == 0, tmp_path)
+
+
+@needs_promtool
+@pytest.mark.parametrize(("alert", "number"), every(GROUP_CASES))
+def test_an_alert_of_a_group_fires_when_it_must(alert: str, number: int, tmp_path: Path) -> None:
+    expect_alert(alert, rules(GROUP), GROUP_CASES[alert][number], number == 0, tmp_path)
+
+
+def expect_alert(
+    alert: str, spec: dict[str, Any], series: dict[str, str], fires: bool, directory: Path
+) -> None:
+    """Have promtool find that an alert fires on series, or that it does not."""
+    (directory / "rules.yaml").write_text(yaml.safe_dump(spec))
     # The labels are those of the expression; that it fires at all is what is asked.
     count = f'count(ALERTS{{alertname="{alert}",alertstate="firing"}})'
     test = {
@@ -215,12 +265,12 @@ def test_an_alert_fires_when_it_must(alert: str, number: int, tmp_path: Path) ->
                 "promql_expr_test": [
                     {
                         "expr": count,
-                        "eval_time": when,
+                        "eval_time": LATER.get(alert, "45m"),
                         "exp_samples": [{"labels": "{}", "value": 1}] if fires else [],
                     }
                 ],
             }
         ],
     }
-    (tmp_path / "test.yaml").write_text(yaml.safe_dump(test))
-    promtool("test", "rules", "test.yaml", directory=tmp_path)
+    (directory / "test.yaml").write_text(yaml.safe_dump(test))
+    promtool("test", "rules", "test.yaml", directory=directory)
