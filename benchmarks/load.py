@@ -17,6 +17,7 @@ code is 1 if
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -208,6 +209,9 @@ def main() -> int:
         *SLICESERVE, "serve", str(options.directory), "--dtype", "float32", "--enforce-eager",
         "--metrics-public", "--access-log", "off",
     ]  # fmt: skip
+    # A machine this full lets Locust stand still for longer than the 5 s that a connection is kept
+    # by default, and then send on one that has just been closed.
+    os.environ["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "600"
     with served(command, "/readyz") as server:
         return watch(server, options.users, options.seconds, options.passes)
 

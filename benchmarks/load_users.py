@@ -29,6 +29,11 @@ def count_failure(exception: object, name: str, **_: object) -> None:
         TOTALS[f"failed: {name}: {exception}"] += 1
 
 
+@events.user_error.add_listener
+def count_error(exception: Exception, **_: object) -> None:
+    TOTALS[f"failed: {exception!r}"] += 1
+
+
 @events.quitting.add_listener
 def tell(environment: Environment, **_: object) -> None:
     environment.parsed_options.totals.write_text(json.dumps(TOTALS))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -38,6 +39,8 @@ class Server:
 @contextmanager
 def served(command: list[str], health: str) -> Iterator[Server]:
     """Run a server until the end of the block; gives it once it answers."""
+    # Else the server, in a session of its own, would outlive a benchmark that is terminated.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
     environment = os.environ | {"SLICESERVE_API_KEY": KEY, "VLLM_API_KEY": KEY}

@@ -268,7 +268,7 @@ def _add_plan(commands: "argparse._SubParsersAction[Parser]") -> None:
     _add_revision(parser, "of a hub id (its main branch)")
     parser.add_argument(
         "--gpu-memory",
-        type=values.size,
+        type=values.memory,
         required=True,
         metavar="SIZE",
         help="of one GPU, such as 40GiB, which is what a card sold as 40 GB has",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     in, and 128 and its number after a signal.
     """
     try:
-        return run(list(sys.argv[1:] if arguments is None else arguments))
+        code = run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read it has had enough, as `head` has; Python would complain of what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (UserError, MachineError) as error:
         return _end(error.exit_code, error)
     except OSError as error:
@@ -33,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _end(MachineError.exit_code, f"out of memory: {reason(error)}")
     except KeyboardInterrupt:
         return _interrupted(signal.SIGINT)
+    return code
 
 
 def run(arguments: list[str]) -> int:

@@ -62,6 +62,16 @@ def size(text: str) -> int:
     return int(float(match[1]) * units[match[2].upper()])
 
 
+def memory(text: str) -> int:
+    """Read bytes of memory, which have a unit."""
+    value = size(text)
+    if text.strip()[-1:].isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} has no unit, as {text.strip()}GiB has")
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no memory")
+    return value
+
+
 def names(text: str) -> list[str]:
     """Read names with commas between them."""
     return [name for part in text.split(",") if (name := part.strip())]

@@ -318,6 +318,20 @@ def test_perplexity_agrees_with_transformers(
     assert result["predicted_tokens"] == 3 * 99
 
 
+def test_a_reader_that_leaves_is_no_error(tiny_sliced: Path) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "inspect", str(tiny_sliced)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+        assert process.wait() == 128 + signal.SIGPIPE
+
+
 def test_perplexity_through_vllm_is_the_same(
     tiny_sliced: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ from dockerfile_parse import DockerfileParser
 from helm_render import BOARD, CHART, REPOSITORY
 from test_rules import PROMTOOL, needs_promtool
 
+from sliceserve.server.ending import LAST_S
 from sliceserve.server.serve import make_parser, parse_arguments
 
 DEPLOY = REPOSITORY / "deploy"
@@ -214,7 +215,7 @@ def test_the_server_takes_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.api_key
     assert "SLICESERVE_API_KEY" in COMPOSE["services"]["server"]["environment"]
     grace = COMPOSE["services"]["server"]["stop_grace_period"]
-    assert int(grace.removesuffix("s")) >= settings.drain_timeout + 30
+    assert int(grace.removesuffix("s")) > settings.drain_timeout + LAST_S
 
 
 def test_the_unit_leaves_time_to_drain() -> None:
@@ -227,7 +228,7 @@ def test_the_unit_leaves_time_to_drain() -> None:
     args, settings = parse_arguments(make_parser(), rest)
     assert args.host == "0.0.0.0"
     assert settings.api_key_file
-    assert int(service["TimeoutStopSec"]) >= settings.drain_timeout + 30
+    assert int(service["TimeoutStopSec"]) > settings.drain_timeout + LAST_S
     assert service["KillMode"] == "mixed"
     assert service["Restart"] == "on-failure"
     # Starts that fail come to an end.

@@ -241,6 +241,8 @@ def test_the_table_and_json_agree(tmp_path: Path, capsys: pytest.CaptureFixture[
     ("more", "message"),
     [
         (["--gpu-memory", "many"], "--gpu-memory: 'many' is not a size"),
+        (["--gpu-memory", "40"], "--gpu-memory: '40' has no unit, as 40GiB has"),
+        (["--gpu-memory", "0GiB"], "--gpu-memory: '0GiB' is no memory"),
         (["--gpu-memory", "1GiB", "--context", "513"], "--context 513 is more than the 512"),
         (["--gpu-memory", "1GiB", "--rank", "4", "--rotation", "dense"], "--rank 4 needs"),
         (["--gpu-memory", "1GiB", "--rank", "auto"], "--rank: invalid number value: 'auto'"),
