@@ -22,7 +22,7 @@ class Panel:
     Attributes:
         title: above it.
         unit: Grafana's name of the unit.
-        queries: PromQL by legend; a tile has one.
+        queries: PromQL by legend; a tile shows the last value of each.
         note: what it means, where the title does not say.
 
     """
@@ -108,16 +108,20 @@ TILES = [
         "Parameters kept", "percentunit", {"": f"{PARAMETERS['sliced']} / {PARAMETERS['dense']}"}
     ),
 ]
+LATENCIES = [
+    Panel("Time to first token", "s", quantiles("sliceserve_time_to_first_token_seconds"), "TTFT"),
+    Panel(
+        "Between tokens",
+        "s",
+        quantiles("vllm:inter_token_latency_seconds"),
+        "every gap of every answer (ITL); a mean of each answer would hide stalls",
+    ),
+    Panel("Whole request", "s", quantiles("sliceserve_request_latency_seconds"), "E2E"),
+]
+OVERVIEW = (TILES, LATENCIES)
 ROWS = {
     "Latency": [
-        Panel("Time to first token", "s", quantiles("sliceserve_time_to_first_token_seconds")),
-        Panel(
-            "Between tokens",
-            "s",
-            quantiles("vllm:inter_token_latency_seconds"),
-            "every gap of every answer (ITL); a mean of each answer would hide stalls",
-        ),
-        Panel("Whole request", "s", quantiles("sliceserve_request_latency_seconds")),
+        *LATENCIES,
         Panel("In the queue", "s", quantiles("sliceserve_queue_time_seconds")),
     ],
     "Admission": [
@@ -251,11 +255,13 @@ def variable(name: str, label: str, query: str) -> dict[str, Any]:
 def board() -> dict[str, Any]:
     """Return the whole board."""
     panels: list[dict[str, Any]] = []
-    width = COLUMNS // len(TILES)
-    for index, tile in enumerate(TILES):
-        place = {"x": index * width, "y": 0, "w": width, "h": 5}
-        panels.append(drawn(tile, "stat", len(panels) + 1, place))
-    y = 5
+    y = 0
+    for tiles in OVERVIEW:
+        width = COLUMNS // len(tiles)
+        for index, tile in enumerate(tiles):
+            place = {"x": index * width, "y": y, "w": width, "h": 5}
+            panels.append(drawn(tile, "stat", len(panels) + 1, place))
+        y += 5
     for title, row in ROWS.items():
         panels.append(
             {

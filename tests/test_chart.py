@@ -83,7 +83,8 @@ def test_custom_resources_fit_the_release() -> None:
     assert (trigger["type"], trigger["metricType"]) == ("prometheus", "AverageValue")
     assert trigger["metadata"] == {
         "serverAddress": "http://prometheus.monitoring:9090",
-        "query": 'sum(vllm:num_requests_waiting{namespace="llm",model_name="llama-2-70b"})',
+        "query": 'sum(vllm:num_requests_waiting{namespace="llm",'
+        'pod=~"demo-sliceserve-[^-]+-[^-]+",model_name="llama-2-70b"})',
         "threshold": "5",
     }
     assert "replicas" not in deployment["spec"]

@@ -9,12 +9,20 @@ from typing import Any
 
 import pytest
 import yaml
-from helm_render import FULL, NODES, of_kind, render, rule_expressions, with_values
+from helm_render import (
+    FULL,
+    NODES,
+    of_kind,
+    render,
+    rule_expressions,
+    selectors_of,
+    with_values,
+)
 
 GROUP = with_values(NODES, "monitoring.rules.enabled", True)
 PROMTOOL = shutil.which("promtool", path=str(Path(sys.executable).parent))
 POD = 'namespace="llm",pod="demo-sliceserve-5d9c7b-x2x4z"'
-MODEL = 'namespace="llm",model_name="llama-2-70b"'
+MODEL = f'{POD},model_name="llama-2-70b"'
 RESPONSES = "sliceserve_http_responses_total"
 BUCKET = "sliceserve_time_to_first_token_seconds_bucket"
 
@@ -23,11 +31,14 @@ needs_promtool = pytest.mark.skipif(
 )
 
 UP = f"up{{{POD}}}"
-READY = f'sliceserve_ready{{{POD},model_name="llama-2-70b"}}'
+READY = f"sliceserve_ready{{{MODEL}}}"
 SECOND_READY, OTHERS_READY = (
     READY.replace(POD, f'namespace="llm",pod="{pod}"')
     for pod in ("demo-sliceserve-5d9c7b-9rr5k", "another-5d9c7b-x2x4z")
 )
+# Another release of the same model in the same namespace.
+RELEASES = ("demo", "other")
+OTHERS_POD = POD.replace("demo", "other")
 # Of another release: a series, so that there is a time at which to ask.
 ANOTHER = {'up{namespace="llm",pod="another-5d9c7b-x2x4z"}': "1x2000"}
 
@@ -111,12 +122,19 @@ CASES: dict[str, tuple[dict[str, str], ...]] = {
         {
             f"sliceserve_gpu_seconds_total{{{MODEL}}}": "0+480x2000",
             f"sliceserve_generation_tokens_total{{{MODEL}}}": "0+600x1440 864000+300x560",
-            f"vllm:num_requests_waiting{{{MODEL}}}": "3x2000",
+            # A queue that flickers.
+            f"vllm:num_requests_waiting{{{MODEL}}}": "3 0 0 " * 600,
         },
         {
             f"sliceserve_gpu_seconds_total{{{MODEL}}}": "0+480x2000",
             f"sliceserve_generation_tokens_total{{{MODEL}}}": "0+600x1440 864000+300x560",
             f"vllm:num_requests_waiting{{{MODEL}}}": "0x2000",
+        },
+        # Many at once, now and then, between which the GPUs idle.
+        {
+            f"sliceserve_gpu_seconds_total{{{MODEL}}}": "0+480x2000",
+            f"sliceserve_generation_tokens_total{{{MODEL}}}": "0+600x1440 864000+300x560",
+            f"vllm:num_requests_waiting{{{MODEL}}}": f"90 {'0 ' * 9}" * 180,
         },
         # Requests wait, and a token costs what it did.
         {
@@ -162,10 +180,21 @@ GROUP_CASES: dict[str, tuple[dict[str, str], ...]] = {
         {up(FIRST): "0x2000", up(SECOND): "0x30 1x2000"},
     ),
 }
+GROUP_CASES |= {
+    alert: tuple(
+        {
+            name.replace(DEPLOYMENT_POD, FIRST).replace("llama-2-70b", "Llama-2-70b-hf"): samples
+            for name, samples in series.items()
+        }
+        for series in found
+    )
+    for alert, found in CASES.items()
+    if alert not in GROUP_CASES
+}
 
 
-def rules(values: dict[str, Any] = FULL) -> dict[str, Any]:
-    (rule,) = of_kind(render(values), "PrometheusRule")
+def rules(values: dict[str, Any] = FULL, release: str = "demo") -> dict[str, Any]:
+    (rule,) = of_kind(render(values, release=release), "PrometheusRule")
     spec: dict[str, Any] = rule["spec"]
     return spec
 
@@ -188,7 +217,7 @@ def test_every_alert_says_what_to_do() -> None:
     assert alerts(FULL).keys() == CASES.keys()
     for rule in alerts(FULL).values():
         assert rule["labels"]["severity"] in ("warning", "critical")
-        assert rule["annotations"]["summary"]
+        assert rule["annotations"]["summary"].startswith("demo in llm (llama-2-70b): ")
         assert rule["annotations"]["runbook"]
 
 
@@ -215,9 +244,24 @@ def test_alerts_of_a_group_differ_in_pods_and_model_only() -> None:
         for values in (GROUP, FULL)
     )
     assert of_group == others
-    assert {name for name, expression in others.items() if "pod=~" in expression} == set(
-        GROUP_CASES
-    )
+
+
+@pytest.mark.parametrize("values", [FULL, GROUP], ids=["deployment", "group"])
+def test_every_rule_is_of_the_releases_pods_only(values: dict[str, Any]) -> None:
+    """What is recorded of them has the release's name instead."""
+    for expression in rule_expressions(values):
+        for selector in selectors_of(expression):
+            matched = {matcher.name for matcher in selector.matchers.matchers}
+            own = "release" if selector.name.startswith("sliceserve:") else "pod"
+            assert {"namespace", own} <= matched, selector
+
+
+def test_labels_are_strings_whatever_names_there_are() -> None:
+    values = with_values(FULL, "model.servedName", "70")
+    (group,) = rules(values, release="2026")["groups"]
+    ours = {"namespace": "llm", "model_name": "70", "release": "2026"}
+    for rule in group["rules"]:
+        assert rule["labels"].items() >= ours.items()
 
 
 def test_every_expression_parses() -> None:
@@ -239,38 +283,90 @@ def every(cases: dict[str, tuple[dict[str, str], ...]]) -> list[tuple[str, int]]
 @pytest.mark.parametrize(("alert", "number"), every(CASES))
 def test_an_alert_fires_when_it_must(alert: str, number: int, tmp_path: Path) -> None:
     """The first case fires, the others are quiet."""
-    expect_alert(alert, rules(), CASES[alert][number], number == 0, tmp_path)
+    spec = rules()
+    firing = [expected(alert, spec)] if number == 0 else []
+    expect_alerts(alert, [spec], CASES[alert][number], firing, tmp_path)
 
 
 @needs_promtool
 @pytest.mark.parametrize(("alert", "number"), every(GROUP_CASES))
 def test_an_alert_of_a_group_fires_when_it_must(alert: str, number: int, tmp_path: Path) -> None:
-    expect_alert(alert, rules(GROUP), GROUP_CASES[alert][number], number == 0, tmp_path)
+    spec = rules(GROUP)
+    firing = [expected(alert, spec, model="Llama-2-70b-hf")] if number == 0 else []
+    expect_alerts(alert, [spec], GROUP_CASES[alert][number], firing, tmp_path)
 
 
-def expect_alert(
-    alert: str, spec: dict[str, Any], series: dict[str, str], fires: bool, directory: Path
-) -> None:
-    """Have promtool find that an alert fires on series, or that it does not."""
-    (directory / "rules.yaml").write_text(yaml.safe_dump(spec))
-    # The labels are those of the expression; that it fires at all is what is asked.
-    count = f'count(ALERTS{{alertname="{alert}",alertstate="firing"}})'
-    test = {
-        "rule_files": ["rules.yaml"],
-        "evaluation_interval": "1m",
-        "tests": [
-            {
-                "interval": "1m",
-                "input_series": [{"series": k, "values": v} for k, v in series.items()],
-                "promql_expr_test": [
-                    {
-                        "expr": count,
-                        "eval_time": LATER.get(alert, "45m"),
-                        "exp_samples": [{"labels": "{}", "value": 1}] if fires else [],
-                    }
-                ],
-            }
-        ],
+@needs_promtool
+@pytest.mark.parametrize("alert", CASES)
+def test_releases_of_one_model_have_alerts_of_their_own(alert: str, tmp_path: Path) -> None:
+    """Two in trouble are two alerts; of one in trouble the other's rules say nothing."""
+    series = CASES[alert][0]
+    others = {name.replace(POD, OTHERS_POD): samples for name, samples in series.items()}
+    specs = [rules(), rules(release="other")]
+    both = [expected(alert, spec, release) for spec, release in zip(specs, RELEASES, strict=True)]
+    expect_alerts(alert, specs, series | others, both, tmp_path)
+    healthy = f"up{{{OTHERS_POD}}}"
+    expect_alerts(alert, specs, {healthy: "1x2000", **series}, both[:1], tmp_path)
+
+
+@needs_promtool
+def test_keda_counts_the_queue_of_its_own_release(tmp_path: Path) -> None:
+    series = {f"vllm:num_requests_waiting{{{MODEL}}}": "3x10"}
+    series |= {name.replace(POD, OTHERS_POD): "40x10" for name in series}
+    asked = {}
+    for release, waiting in zip(RELEASES, (3, 40), strict=True):
+        (scaled,) = of_kind(render(FULL, release=release), "ScaledObject")
+        (trigger,) = scaled["spec"]["triggers"]
+        asked[trigger["metadata"]["query"]] = waiting
+    queries = [
+        {"expr": query, "eval_time": "5m", "exp_samples": [{"labels": "{}", "value": waiting}]}
+        for query, waiting in asked.items()
+    ]
+    run_rules([], series, {"promql_expr_test": queries}, tmp_path)
+
+
+def expected(
+    alert: str, spec: dict[str, Any], release: str = "demo", model: str = "llama-2-70b"
+) -> dict[str, Any]:
+    """An alert as it must reach Alertmanager: of which release, and of one pod also of which."""
+    (rule,) = [
+        one for group in spec["groups"] for one in group["rules"] if one.get("alert") == alert
+    ]
+    labels = {"namespace": "llm", "model_name": model, "release": release}
+    if alert == "SliceserveTargetDown":
+        pod = FIRST if model == "Llama-2-70b-hf" else DEPLOYMENT_POD.replace("demo", release)
+        labels["pod"] = pod
+    return {
+        "exp_labels": labels | {"severity": rule["labels"]["severity"]},
+        "exp_annotations": rule["annotations"],
     }
-    (directory / "test.yaml").write_text(yaml.safe_dump(test))
+
+
+def expect_alerts(
+    alert: str,
+    specs: list[dict[str, Any]],
+    series: dict[str, str],
+    firing: list[dict[str, Any]],
+    directory: Path,
+) -> None:
+    """Have promtool find that just these alerts fire on series, with all their labels."""
+    time = LATER.get(alert, "45m")
+    asked = {"eval_time": time, "alertname": alert, "exp_alerts": firing}
+    run_rules(specs, series, {"alert_rule_test": [asked]}, directory)
+
+
+def run_rules(
+    specs: list[dict[str, Any]], series: dict[str, str], tests: dict[str, Any], directory: Path
+) -> None:
+    """Run tests of promtool's on series, with rules, a file for each release's."""
+    files = [directory / f"rules{number}.yaml" for number in range(len(specs))]
+    for file, spec in zip(files, specs, strict=True):
+        file.write_text(yaml.safe_dump(spec))
+    samples = [{"series": name, "values": values} for name, values in series.items()]
+    content = {
+        "rule_files": [file.name for file in files],
+        "evaluation_interval": "1m",
+        "tests": [{"interval": "1m", "input_series": samples, **tests}],
+    }
+    (directory / "test.yaml").write_text(yaml.safe_dump(content))
     promtool("test", "rules", "test.yaml", directory=directory)
