@@ -204,3 +204,41 @@ def test_a_release_has_any_name_that_helm_takes(release: str, values: dict[str, 
     (service,) = of_kind(manifests, "Service")
     url = asking["spec"]["containers"][0]["args"][1]
     assert url == f"http://{service['metadata']['name']}:80"
+
+
+def leaves(node: Any) -> Iterator[Any]:
+    """Every value of a manifest that holds no others."""
+    if isinstance(node, dict | list):
+        for part in node.values() if isinstance(node, dict) else node:
+            yield from leaves(part)
+    else:
+        yield node
+
+
+def named(text: str) -> list[Any]:
+    """Every value of the manifests when all that is a name in the full scenario is this one."""
+    values = FULL
+    for path in (
+        "model.hubToken.existingSecret",
+        "model.hubToken.key",
+        "auth.existingSecret",
+        "checkpoints.storageClassName",
+        "server.runtimeClassName",
+        "server.priorityClassName",
+        "slice.runtimeClassName",
+        "slice.priorityClassName",
+        "ingress.className",
+        "ingress.host",
+        "ingress.tlsSecret",
+    ):
+        values = with_values(values, path, text)
+    for path in ("image.pullSecrets", "networkPolicy.ingressNamespaces", "httpRoute.hostnames"):
+        values = with_values(values, path, [text])
+    return list(leaves(render(values)))
+
+
+@pytest.mark.parametrize("text", ["2024", "on", "*.example.com"])
+def test_a_text_stays_a_text_whatever_it_looks_like(text: str) -> None:
+    wanted = named("plain").count("plain")
+    assert wanted >= 14
+    assert named(text).count(text) == wanted

@@ -34,15 +34,15 @@ template:
     {{- with .Values.image.pullSecrets }}
     imagePullSecrets:
       {{- range . }}
-      - name: {{ . }}
+      - name: {{ . | quote }}
       {{- end }}
     {{- end }}
     {{- $onGpus := include "sliceserve.slicesOnGpus" . }}
     {{- with .Values.slice.runtimeClassName | default (empty $onGpus | ternary "" .Values.server.runtimeClassName) }}
-    runtimeClassName: {{ . }}
+    runtimeClassName: {{ . | quote }}
     {{- end }}
     {{- with .Values.slice.priorityClassName }}
-    priorityClassName: {{ . }}
+    priorityClassName: {{ . | quote }}
     {{- end }}
     {{- with .Values.slice.nodeSelector }}
     nodeSelector:
@@ -61,7 +61,7 @@ template:
     {{- if .image }}
     initContainers:
       - name: download
-        image: {{ .image }}
+        image: {{ .image | quote }}
         {{- with .command }}
         command:
           {{- toYaml . | nindent 10 }}
@@ -73,7 +73,7 @@ template:
         {{- with .existingSecret }}
         envFrom:
           - secretRef:
-              name: {{ . }}
+              name: {{ . | quote }}
         {{- end }}
         env:
           # Its root is read-only.
@@ -96,7 +96,7 @@ template:
     containers:
       - name: slice
         image: {{ include "sliceserve.image" . }}
-        imagePullPolicy: {{ .Values.image.pullPolicy }}
+        imagePullPolicy: {{ .Values.image.pullPolicy | quote }}
         # The directory appears only when it is complete; a restarted Job goes on where it stopped.
         command:
           - sh
@@ -138,8 +138,8 @@ template:
           - name: HF_TOKEN
             valueFrom:
               secretKeyRef:
-                name: {{ .existingSecret }}
-                key: {{ .key }}
+                name: {{ .existingSecret | quote }}
+                key: {{ .key | quote }}
           {{- end }}
           {{- end }}
           {{- with .Values.slice.extraEnv }}
@@ -169,16 +169,16 @@ template:
       {{- if .Values.model.claim.name }}
       - name: model
         persistentVolumeClaim:
-          claimName: {{ .Values.model.claim.name }}
+          claimName: {{ .Values.model.claim.name | quote }}
           readOnly: true
       {{- else if .Values.model.image.reference }}
       - name: model
         image:
-          reference: {{ .Values.model.image.reference }}
-          pullPolicy: {{ .Values.image.pullPolicy }}
+          reference: {{ .Values.model.image.reference | quote }}
+          pullPolicy: {{ .Values.image.pullPolicy | quote }}
       {{- else if .Values.model.download.image }}
       - name: model
         emptyDir:
-          sizeLimit: {{ .Values.model.download.size }}
+          sizeLimit: {{ .Values.model.download.size | quote }}
       {{- end }}
 {{- end -}}

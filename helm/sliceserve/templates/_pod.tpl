@@ -21,14 +21,14 @@ spec:
   {{- with $root.Values.image.pullSecrets }}
   imagePullSecrets:
     {{- range . }}
-    - name: {{ . }}
+    - name: {{ . | quote }}
     {{- end }}
   {{- end }}
   {{- with $server.runtimeClassName }}
-  runtimeClassName: {{ . }}
+  runtimeClassName: {{ . | quote }}
   {{- end }}
   {{- with $server.priorityClassName }}
-  priorityClassName: {{ . }}
+  priorityClassName: {{ . | quote }}
   {{- end }}
   {{- with $server.nodeSelector }}
   nodeSelector:
@@ -44,7 +44,7 @@ spec:
   {{- with and (ne .role "worker") $server.spreadOver }}
   topologySpreadConstraints:
     - maxSkew: 1
-      topologyKey: {{ . }}
+      topologyKey: {{ . | quote }}
       whenUnsatisfiable: ScheduleAnyway
       labelSelector:
         matchLabels:
@@ -56,7 +56,7 @@ spec:
   initContainers:
     - name: wait-for-checkpoint
       image: {{ include "sliceserve.image" $root }}
-      imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+      imagePullPolicy: {{ $root.Values.image.pullPolicy | quote }}
       command: [sh, -c, 'until [ -d "$0" ]; do sleep 5; done', {{ include "sliceserve.directory" $root }}]
       resources:
         requests:
@@ -73,7 +73,7 @@ spec:
   containers:
     - name: server
       image: {{ include "sliceserve.image" $root }}
-      imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+      imagePullPolicy: {{ $root.Values.image.pullPolicy | quote }}
       {{- if eq .role "worker" }}
       command:
         - sh
@@ -196,7 +196,7 @@ spec:
         claimName: {{ include "sliceserve.claim" $root }}
     - name: cache
       emptyDir:
-        sizeLimit: {{ $server.cacheSize }}
+        sizeLimit: {{ $server.cacheSize | quote }}
     - name: tmp
       emptyDir:
         # Ray keeps logs and spilled objects there.
@@ -208,7 +208,7 @@ spec:
     {{- if and $root.Values.auth.existingSecret (ne .role "worker") }}
     - name: api-key
       secret:
-        secretName: {{ $root.Values.auth.existingSecret }}
+        secretName: {{ $root.Values.auth.existingSecret | quote }}
         defaultMode: 0440
     {{- end }}
 {{- end -}}
