@@ -199,7 +199,9 @@ def test_logprobs_are_bounded(server: ServerProcess, route: str, asked: dict[str
     (name,) = (name for name, value in asked.items() if value == LOGPROBS)
     refused = httpx.post(url, json=body | asked | {name: LOGPROBS + 1}, headers=headers, timeout=60)
     assert refused.status_code == 400
-    assert f"max allowed: {LOGPROBS}" in refused.json()["error"]["message"]
+    error = refused.json()["error"]
+    assert error["param"] == name
+    assert error["message"] == f"{name} is {LOGPROBS + 1}, and {LOGPROBS} logprobs are allowed."
 
 
 # What is answered, and what is refused by our layers, by vLLM's reading of it, and by its engine.
