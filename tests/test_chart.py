@@ -117,7 +117,8 @@ def test_custom_resources_fit_the_release() -> None:
 
 def objects(values: dict[str, Any], path: str = "") -> Iterator[str]:
     """The paths of the chart's own objects; the free ones are those of Kubernetes."""
-    free = ("requests", "limits", "nodeSelector", "affinity", "annotations", "labels")
+    free = ("requests", "limits", "nodeSelector", "affinity", "annotations", "podAnnotations",
+            "labels")  # fmt: skip
     yield path
     for name, value in values.items():
         if isinstance(value, dict) and name not in free:
@@ -156,6 +157,10 @@ def test_a_typo_is_refused(path: str) -> None:
         ("model.revision", "two words"),
         ("model.revision", 1),
         ("podSecurity.user", 0),
+        ("podSecurity.user", "root"),
+        ("service.annotations", {"internal": True}),
+        ("server.podAnnotations", {"count": 1}),
+        ("httpRoute.requestTimeout", "an hour"),
     ],
 )
 def test_impossible_values_are_refused(path: str, value: Any) -> None:
@@ -170,7 +175,7 @@ def test_impossible_values_are_refused(path: str, value: Any) -> None:
         ({"model": {"hub": "a/b", "claim": {"name": "c"}}}, "name one model: .* not 2"),
         ({"model": {"claim": {"name": "c"}, "revision": "v1"}}, "model.revision needs model.hub"),
         (HUB | {"server": {"replicas": 2}}, "set checkpoints.accessMode to ReadWriteMany"),
-        (HUB | {"server": {"nodes": 2}}, "set checkpoints.accessMode to ReadWriteMany"),
+        (HUB | {"server": {"nodes": 2}}, "claim that is there cannot be changed, so name another"),
         (
             NODES | {"server": {"nodes": 3, "tensorParallelSize": 4}},
             "server.nodes is 3, which does not divide .* = 4",
@@ -184,10 +189,6 @@ def test_impossible_values_are_refused(path: str, value: Any) -> None:
         (
             HPA | {"autoscaling": {"kind": "hpa", "minReplicas": 5, "maxReplicas": 4}},
             "autoscaling.minReplicas is 5, more than autoscaling.maxReplicas = 4",
-        ),
-        (
-            with_values(NODES, "server.updateStrategy", "Recreate"),
-            "server.updateStrategy Recreate is for a Deployment",
         ),
     ],
 )
@@ -351,8 +352,15 @@ def test_only_a_job_that_downloads_reaches_the_internet() -> None:
     assert egress_ports(FULL, "test") == {53, 8000}
     claim = {"model": {"claim": {"name": "models", "path": "llama"}}}
     assert egress_ports(claim, "slice") == {53}
+    proxy = [{"ports": [{"port": 3128}]}]
+    to_proxy = with_values(claim, "networkPolicy.jobEgress", proxy)
+    assert egress_ports(to_proxy, "slice") == {53, 3128}
+    assert egress_ports(to_proxy, "server") == {53}
+    to_proxy = with_values(claim, "networkPolicy.serverEgress", proxy)
+    assert egress_ports(to_proxy, "slice") == {53}
+    assert egress_ports(to_proxy, "server") == {53, 3128}
     for component in ("server", "worker"):
-        assert egress_ports(NODES, component) == {53, 3128}
+        assert egress_ports(NODES, component) == {53, 4317}
     assert egress_ports(NODES, "slice") == {53, 443, 3128}
     assert egress_ports(NODES, "test") == {53, 8000}
 

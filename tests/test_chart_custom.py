@@ -104,7 +104,7 @@ def fields(value: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-# As in the definitions of Gateway API 1.0 and of LeaderWorkerSet's v1, for the fullest scenarios.
+# As in the definitions of Gateway API 1.2 and of LeaderWorkerSet's v1, for the fullest scenarios.
 FIELDS = {
     "HTTPRoute": """
         hostnames parentRefs.name parentRefs.namespace rules.backendRefs.name

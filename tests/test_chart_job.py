@@ -191,14 +191,13 @@ def test_an_eviction_is_no_failure_and_a_bad_value_is_no_case_for_another_try() 
 
 def test_a_download_is_told_what_to_get_and_has_a_home_and_the_jobs_resources() -> None:
     values: dict[str, Any] = {
-        "model": {
-            "download": {"image": "tool:1", "command": ["get"], "args": ["a model", "/model"]}
-        },
+        "model": {"download": {"image": "tool:1", "args": ["a model", "/model"]}},
         "slice": {"gpus": 1, "resources": {"requests": {"cpu": "2"}, "limits": {"memory": "9Gi"}}},
     }
     spec = slicing_job(values)["spec"]["template"]["spec"]
     (download,), (slicer,) = spec["initContainers"], spec["containers"]
-    assert (download["command"], download["args"]) == (["get"], ["a model", "/model"])
+    assert download["args"] == ["a model", "/model"]
+    assert "command" not in download, "the image's own entrypoint"
     limits = slicer["resources"]["limits"]
     assert limits.pop("nvidia.com/gpu") == "1", "the download has none"
     assert limits == {"memory": "9Gi"}
@@ -209,6 +208,33 @@ def test_a_download_is_told_what_to_get_and_has_a_home_and_the_jobs_resources() 
     (home,) = (entry["value"] for entry in download["env"] if entry["name"] == "HOME")
     (place,) = (found for found in download["volumeMounts"] if found["mountPath"] == home)
     assert not place.get("readOnly")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_download_is_spared_where_the_job_finds_its_slice(there: bool, tmp_path: Path) -> None:
+    """The rendered command, run here; the Job asks the same of the same directory."""
+    # A shell would take them apart.
+    tool, *words = ["touch", "--", "a  'b' $0", "-c", "$HOME"]
+    download = {"image": "tool:1", "command": [tool, *words[:2]], "args": words[2:]}
+    spec = slicing_job({"model": {"download": download}})["spec"]["template"]["spec"]
+    (first,) = spec["initContainers"]
+    mounts = {mount["mountPath"]: mount for mount in first["volumeMounts"]}
+    assert mounts["/checkpoints"] == {
+        "name": "checkpoints", "mountPath": "/checkpoints", "readOnly": True,
+    }  # fmt: skip
+    claim, model = tmp_path / "claim", tmp_path / "model"
+    for directory in (claim, model):
+        directory.mkdir()
+    places = {"/checkpoints": str(claim), "/model": str(model)}
+    directory = claim / Path(output_of({"spec": {"template": {"spec": spec}}})).name
+    (directory if there else directory.with_name(f".{directory.name}.partial")).mkdir()
+    done = run_here(first, places, cwd=model)
+    assert done.returncode == 0, done.stderr
+    said = f"{directory} is there already\n"
+    assert done.stdout == (said if there else "")
+    assert {path.name for path in model.iterdir()} == (set() if there else set(words[1:]))
+    (looked_for,) = (e["value"] for e in first["env"] if e["name"] == "SLICE_DIRECTORY")
+    assert Path(looked_for) == Path("/checkpoints") / directory.name
 
 
 @pytest.mark.parametrize(
@@ -243,7 +269,10 @@ def test_a_hub_out_of_reach_is_tried_again(tmp_path: Path) -> None:
 
 
 def run_here(
-    container: dict[str, Any], places: dict[str, str], **environment: str
+    container: dict[str, Any],
+    places: dict[str, str],
+    cwd: Path | None = None,
+    **environment: str,
 ) -> "subprocess.CompletedProcess[str]":
     """A container's command with its paths replaced by those here."""
     words = container["command"] + container["args"]
@@ -254,6 +283,7 @@ def run_here(
         words,
         capture_output=True,
         text=True,
+        cwd=cwd,
         env=os.environ | {"PATH": path} | environment,
         check=False,
     )

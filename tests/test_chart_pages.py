@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import helm_python
+import kubernetes_validate
 import promql_parser
 import pytest
 import yaml
@@ -168,7 +169,7 @@ def test_the_pages_commands_are_not_refused(page: str, command: str) -> None:
                     place = place.setdefault(name, {})
                 else:
                     place[name] = merged
-    if "--reset-then-reuse-values" in words:
+    if {"--reset-then-reuse-values", "-f"} & set(words):
         values = {**HUB, **values}
     assert values
     assert of_kind(render(values), "Job"), page
@@ -216,6 +217,30 @@ def test_the_operators_page_names_values_and_options_that_exist() -> None:
     for flag in ("--max-requests", "--max-num-seqs", "--probe-timeout"):
         assert flag in page
         assert flag in serve
+
+
+def test_the_pages_claim_is_one_that_several_nodes_can_read() -> None:
+    """And is the one that the command after it names."""
+    page = (REPOSITORY / "docs" / "operate.md").read_text()
+    (text,) = re.findall(r"<<'END'\n(.*?)^END$", page, re.DOTALL | re.MULTILINE)
+    claim = yaml.safe_load(text)
+    for version in ("1.28", kubernetes_validate.latest_version()):
+        kubernetes_validate.validate(claim, version, strict=True)
+    assert claim["kind"] == "PersistentVolumeClaim"
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    (command,) = (words for _, words in COMMANDS if "server.replicas=2" in words)
+    assert f"checkpoints.existingClaim={claim['metadata']['name']} " in command
+
+
+def test_the_pages_links_to_its_own_headings_lead_somewhere() -> None:
+    page = (REPOSITORY / "docs" / "operate.md").read_text()
+    headings = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
+    anchors = {heading.lower().replace(" ", "-") for heading in headings}
+    readme = (CHART / "README.md").read_text()
+    named = set(re.findall(r"\]\(#([a-z-]+)\)", page))
+    named |= set(re.findall(r"docs/operate\.md#([a-z-]+)\)", readme))
+    assert named >= {"install", "more-replicas", "more-nodes"}
+    assert named <= anchors
 
 
 def test_the_pages_rule_for_an_adapter_is_one_of_what_both_scalers_ask_for() -> None:

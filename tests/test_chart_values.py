@@ -52,7 +52,8 @@ OTHERS: dict[str, Any] = {
     "server.tolerations": TOLERATIONS,
     "service.type": "NodePort",
     "networkPolicy.extraIngress": [{"ipBlock": {"cidr": "192.0.2.0/24"}}],
-    "networkPolicy.extraEgress": [{"ports": [{"port": 8080}]}],
+    "networkPolicy.jobEgress": [{"ports": [{"port": 8080}]}],
+    "networkPolicy.serverEgress": [{"ports": [{"port": 8080}]}],
     "autoscaling.kind": "none",
     "httpRoute.parentRefs": [{"name": "other"}],
     "httpRoute.requestTimeout": "7s",
@@ -66,7 +67,8 @@ OTHERS: dict[str, Any] = {
 
 def leaves(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     """Values by their paths; the maps that are free are one."""
-    free = ("requests", "limits", "nodeSelector", "affinity", "annotations", "labels")
+    free = ("requests", "limits", "nodeSelector", "affinity", "annotations", "podAnnotations",
+            "labels")  # fmt: skip
     for name, value in values.items():
         here = f"{path}.{name}".strip(".")
         if isinstance(value, dict) and name not in free:
@@ -120,9 +122,10 @@ PEER = {"ipBlock": {"cidr": "192.0.2.0/24"}}
         ("networkPolicy.extraIngress", {"ipBlock": PEER["ipBlock"] | TYPO}),
         ("networkPolicy.extraIngress", {"podSelector": TYPO}),
         ("networkPolicy.extraIngress", {"namespaceSelector": {"matchExpressions": [TYPO]}}),
-        ("networkPolicy.extraEgress", {"to": [PEER], **TYPO}),
-        ("networkPolicy.extraEgress", {"to": [PEER | TYPO]}),
-        ("networkPolicy.extraEgress", {"ports": [{"port": 443, **TYPO}]}),
+        ("networkPolicy.jobEgress", {"to": [PEER], **TYPO}),
+        ("networkPolicy.serverEgress", {"to": [PEER | TYPO]}),
+        ("networkPolicy.serverEgress", {"ports": [TYPO]}),
+        ("networkPolicy.jobEgress", {"ports": [{"port": 443, **TYPO}]}),
         ("httpRoute.parentRefs", {"name": "gateway", **TYPO}),
     ],
 )
@@ -139,7 +142,8 @@ def test_a_typo_in_a_list_is_refused(path: str, item: dict[str, Any]) -> None:
         ("server.tolerations", {"operator": "exists"}),
         ("networkPolicy.extraIngress", {}),
         ("networkPolicy.extraIngress", {"ipBlock": {"except": []}}),
-        ("networkPolicy.extraEgress", {"ports": [{"protocol": "HTTP"}]}),
+        ("networkPolicy.jobEgress", {"ports": [{"protocol": "HTTP"}]}),
+        ("networkPolicy.serverEgress", {"ports": [{"protocol": "HTTP"}]}),
         ("httpRoute.parentRefs", {"namespace": "gateways"}),
     ],
 )
@@ -168,7 +172,8 @@ def test_what_kubernetes_takes_in_a_list_passes() -> None:
         ("slice.extraEnv", environment),
         ("server.tolerations", [toleration | {"tolerationSeconds": 7}]),
         ("networkPolicy.extraIngress", peers),
-        ("networkPolicy.extraEgress", [{"to": peers, "ports": ports}, {"to": peers}]),
+        ("networkPolicy.jobEgress", [{"to": peers, "ports": ports}, {"to": peers}]),
+        ("networkPolicy.serverEgress", [{"to": peers, "ports": ports}, {"to": peers}]),
     ):
         values = with_values(values, path, items)
     manifests = render(values)
@@ -204,41 +209,3 @@ def test_a_release_has_any_name_that_helm_takes(release: str, values: dict[str, 
     (service,) = of_kind(manifests, "Service")
     url = asking["spec"]["containers"][0]["args"][1]
     assert url == f"http://{service['metadata']['name']}:80"
-
-
-def leaves(node: Any) -> Iterator[Any]:
-    """Every value of a manifest that holds no others."""
-    if isinstance(node, dict | list):
-        for part in node.values() if isinstance(node, dict) else node:
-            yield from leaves(part)
-    else:
-        yield node
-
-
-def named(text: str) -> list[Any]:
-    """Every value of the manifests when all that is a name in the full scenario is this one."""
-    values = FULL
-    for path in (
-        "model.hubToken.existingSecret",
-        "model.hubToken.key",
-        "auth.existingSecret",
-        "checkpoints.storageClassName",
-        "server.runtimeClassName",
-        "server.priorityClassName",
-        "slice.runtimeClassName",
-        "slice.priorityClassName",
-        "ingress.className",
-        "ingress.host",
-        "ingress.tlsSecret",
-    ):
-        values = with_values(values, path, text)
-    for path in ("image.pullSecrets", "networkPolicy.ingressNamespaces", "httpRoute.hostnames"):
-        values = with_values(values, path, [text])
-    return list(leaves(render(values)))
-
-
-@pytest.mark.parametrize("text", ["2024", "on", "*.example.com"])
-def test_a_text_stays_a_text_whatever_it_looks_like(text: str) -> None:
-    wanted = named("plain").count("plain")
-    assert wanted >= 14
-    assert named(text).count(text) == wanted

@@ -18,7 +18,9 @@ import jsonschema
 import pytest
 import yaml
 from dockerfile_parse import DockerfileParser
-from helm_render import BOARD, CHART, REPOSITORY
+from helm_render import BOARD, CHART, REPOSITORY, board
+from packaging.requirements import Requirement
+from programs import needs
 from test_rules import PROMTOOL, needs_promtool
 
 from sliceserve.server.ending import LAST_S
@@ -31,9 +33,7 @@ GRAFANA = DEPLOY / "grafana" / "provisioning"
 UNIT = (DEPLOY / "sliceserve.service").read_text()
 SYSTEMD_ANALYZE = shutil.which("systemd-analyze")
 
-needs_systemd = pytest.mark.skipif(
-    SYSTEMD_ANALYZE is None, reason="no systemd-analyze: `apt-get install systemd` gives one"
-)
+needs_systemd = needs(SYSTEMD_ANALYZE, "no systemd-analyze: `apt-get install systemd` gives one")
 
 
 def mounts(service: str) -> dict[str, str]:
@@ -108,6 +108,17 @@ def test_base_images_are_pinned_to_a_patch(image: DockerfileParser) -> None:
     assert len(image.parent_images) == 2
     for base in image.parent_images:
         assert re.fullmatch(r"docker\.io/\w+/[a-z-]+:v?\d+\.\d+\.\d+(-[a-z-]+)?", base), base
+
+
+def test_ray_is_pinned_to_a_version_that_the_package_takes() -> None:
+    """vLLM requires none, so that whichever is newest would come."""
+    (run,) = (value for name, value in last_stage(parsed("Dockerfile")) if "pip install" in value)
+    (version,) = re.findall(r" ray==(\d+\.\d+\.\d+)(?: |$)", run)
+    assert '"${wheel}[ray]"' in run
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    (wanted,) = map(Requirement, project["optional-dependencies"]["ray"])
+    assert wanted.name == "ray"
+    assert version in wanted.specifier
 
 
 def test_an_image_runs_as_nobody_in_particular_and_has_no_model(image: DockerfileParser) -> None:
@@ -308,3 +319,46 @@ def test_prometheus_and_grafana_find_what_they_need() -> None:
     (provider,) = yaml.safe_load((GRAFANA / "dashboards" / "board.yaml").read_text())["providers"]
     seen = mounts("grafana")[provider["options"]["path"]]
     assert (DEPLOY / seen).resolve() == BOARD.parent
+
+
+def test_compose_pins_what_it_does_not_build() -> None:
+    services = COMPOSE["services"]
+    images = {name: service["image"] for name, service in services.items()}
+    built = {name for name, service in services.items() if "build" in service}
+    assert built == {"server"}
+    for name in images.keys() - built:
+        assert re.fullmatch(r"[a-z]+/[a-z]+:v?\d+\.\d+\.\d+", images[name]), name
+    build = services["server"]["build"]
+    assert (DEPLOY / build["context"]).resolve() == REPOSITORY
+    override = (DEPLOY / "compose.cpu.yaml").read_text().replace("!reset null", "{}")
+    for one in (build, yaml.safe_load(override)["services"]["server"]["build"]):
+        assert (REPOSITORY / one["dockerfile"]).is_file()
+
+
+def test_the_readmes_command_sets_what_compose_asks_for() -> None:
+    wanted = set(re.findall(r"\$\{(\w+):\?", (DEPLOY / "compose.yaml").read_text()))
+    lines = (REPOSITORY / "README.md").read_text().splitlines()
+    (command,) = (line for line in lines if "docker compose -f" in line)
+    before, words = command.split("docker compose ")
+    assert {word.partition("=")[0] for word in before.split()} == wanted
+    assert (REPOSITORY / words.split()[1]).samefile(DEPLOY / "compose.yaml")
+
+
+def test_both_images_find_their_files_where_they_look() -> None:
+    """In the places that Prometheus' and Grafana's own images are made with."""
+    assert mounts("prometheus") == {
+        "/etc/prometheus/prometheus.yml": "./prometheus.yml",
+        "/prometheus": "metrics",
+    }
+    (inside,) = (to for to, out in mounts("grafana").items() if out == "./grafana/provisioning")
+    assert inside == "/etc/grafana/provisioning"
+    # Folders of other names are not read.
+    assert {path.name for path in GRAFANA.iterdir()} == {"dashboards", "datasources"}
+    settings = COMPOSE["services"]["grafana"]["environment"]
+    home = Path(settings["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert (DEPLOY / mounts("grafana")[str(home.parent)] / home.name).samefile(BOARD)
+    (source,) = yaml.safe_load((GRAFANA / "datasources" / "prometheus.yaml").read_text())[
+        "datasources"
+    ]
+    (variable,) = (one for one in board()["templating"]["list"] if one["type"] == "datasource")
+    assert variable["query"] == source["type"]

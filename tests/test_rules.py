@@ -18,6 +18,7 @@ from helm_render import (
     selectors_of,
     with_values,
 )
+from programs import needs
 
 GROUP = with_values(NODES, "monitoring.rules.enabled", True)
 PROMTOOL = shutil.which("promtool", path=str(Path(sys.executable).parent))
@@ -26,9 +27,7 @@ MODEL = f'{POD},model_name="llama-2-70b"'
 RESPONSES = "sliceserve_http_responses_total"
 BUCKET = "sliceserve_time_to_first_token_seconds_bucket"
 
-needs_promtool = pytest.mark.skipif(
-    PROMTOOL is None, reason="no promtool: apt gave no prometheus package to `make install`"
-)
+needs_promtool = needs(PROMTOOL, "no promtool: apt gave no prometheus package to `make install`")
 
 UP = f"up{{{POD}}}"
 READY = f"sliceserve_ready{{{MODEL}}}"

@@ -140,9 +140,11 @@ affinity:
 
 {{- define "sliceserve.podSecurityContext" -}}
 runAsNonRoot: true
-runAsUser: {{ .Values.podSecurity.user }}
-runAsGroup: {{ .Values.podSecurity.user }}
-fsGroup: {{ .Values.podSecurity.user }}
+{{- with .Values.podSecurity.user }}
+runAsUser: {{ int64 . }}
+runAsGroup: {{ int64 . }}
+fsGroup: {{ int64 . }}
+{{- end }}
 fsGroupChangePolicy: OnRootMismatch
 seccompProfile:
   type: RuntimeDefault

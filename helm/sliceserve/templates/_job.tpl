@@ -63,7 +63,14 @@ template:
       - name: download
         image: {{ .image | quote }}
         {{- with .command }}
+        # Where the Job will find its slice it needs no model.
         command:
+          - sh
+          - -c
+          - |
+            [ -d "$0" ] && { echo "$0 is there already"; exit 0; }
+            exec "$@"
+          - {{ include "sliceserve.directory" $ }}
           {{- toYaml . | nindent 10 }}
         {{- end }}
         {{- with .args }}
@@ -79,6 +86,9 @@ template:
           # Its root is read-only.
           - name: HOME
             value: /tmp
+          # For an image whose own entrypoint is run, and must look itself.
+          - name: SLICE_DIRECTORY
+            value: {{ include "sliceserve.directory" $ }}
           {{- with $.Values.slice.extraEnv }}
           {{- toYaml . | nindent 10 }}
           {{- end }}
@@ -87,6 +97,9 @@ template:
         securityContext:
           {{- include "sliceserve.securityContext" $ | nindent 10 }}
         volumeMounts:
+          - name: checkpoints
+            mountPath: /checkpoints
+            readOnly: true
           - name: model
             mountPath: /model
           - name: tmp
@@ -95,7 +108,7 @@ template:
     {{- end }}
     containers:
       - name: slice
-        image: {{ include "sliceserve.image" . }}
+        image: {{ include "sliceserve.image" . | quote }}
         imagePullPolicy: {{ .Values.image.pullPolicy | quote }}
         # The directory appears only when it is complete; a restarted Job goes on where it stopped.
         command:
@@ -162,7 +175,7 @@ template:
     volumes:
       - name: checkpoints
         persistentVolumeClaim:
-          claimName: {{ include "sliceserve.claim" . }}
+          claimName: {{ include "sliceserve.claim" . | quote }}
       - name: tmp
         emptyDir:
           sizeLimit: 10Gi

@@ -13,6 +13,10 @@ metadata:
     # Not the chart's version: another chart alone must not load all models anew.
     {{- include "sliceserve.selectorLabels" $root | nindent 4 }}
     app.kubernetes.io/component: {{ eq .role "worker" | ternary "worker" "server" }}
+  {{- with $server.podAnnotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
 spec:
   serviceAccountName: {{ include "sliceserve.fullname" $root }}-server
   automountServiceAccountToken: false
@@ -55,7 +59,7 @@ spec:
     {{- include "sliceserve.podSecurityContext" $root | nindent 4 }}
   initContainers:
     - name: wait-for-checkpoint
-      image: {{ include "sliceserve.image" $root }}
+      image: {{ include "sliceserve.image" $root | quote }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy | quote }}
       command: [sh, -c, 'until [ -d "$0" ]; do sleep 5; done', {{ include "sliceserve.directory" $root }}]
       resources:
@@ -72,7 +76,7 @@ spec:
           readOnly: true
   containers:
     - name: server
-      image: {{ include "sliceserve.image" $root }}
+      image: {{ include "sliceserve.image" $root | quote }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy | quote }}
       {{- if eq .role "worker" }}
       command:
@@ -93,29 +97,7 @@ spec:
       command: [sliceserve, serve, {{ include "sliceserve.directory" $root }}]
       {{- end }}
       args:
-        - --host=0.0.0.0
-        - --port={{ $server.port }}
-        - {{ printf "--served-model-name=%s" (include "sliceserve.servedName" $root) | quote }}
-        - --tensor-parallel-size={{ $server.tensorParallelSize }}
-        - --pipeline-parallel-size={{ $server.pipelineParallelSize }}
-        {{- if eq .role "leader" }}
-        - --distributed-executor-backend=ray
-        {{- end }}
-        - --drain-timeout={{ $server.drainTimeoutSeconds }}
-        {{- /* Before the startup probe gives up, so that the log says what the start was doing. */}}
-        - --start-timeout={{ max 30 (sub (mul $server.startupMinutes 60) 60) }}
-        {{- if $server.maxModelLen }}
-        - --max-model-len={{ int $server.maxModelLen }}
-        {{- end }}
-        {{- if $root.Values.auth.existingSecret }}
-        - --api-key-file=/etc/sliceserve/key/{{ $root.Values.auth.key }}
-        - --metrics-public
-        {{- else }}
-        - --insecure
-        {{- end }}
-        {{- range $server.extraArgs }}
-        - {{ . | quote }}
-        {{- end }}
+        {{- include "sliceserve.arguments" . | nindent 8 }}
       {{- end }}
       env:
         # The user has no entry in the image's passwd, and PyTorch asks for a name.
@@ -193,7 +175,7 @@ spec:
   volumes:
     - name: checkpoints
       persistentVolumeClaim:
-        claimName: {{ include "sliceserve.claim" $root }}
+        claimName: {{ include "sliceserve.claim" $root | quote }}
     - name: cache
       emptyDir:
         sizeLimit: {{ $server.cacheSize | quote }}
