@@ -7,7 +7,9 @@ each, so that what disturbs the machine meets both: requests one at a time, then
 with each of `--lengths`, all streamed and with prompts of their own, sent by what vLLM's own
 benchmark sends them with. Neither writes a line a request. A round gives one difference; shown are
 their medians and between what bounds these lie with 95 % confidence. The smaller the model, the
-more the layers weigh. An interrupt ends it with the rounds that are done.
+more the layers weigh. The server that starts first has its engine's memory first, so a difference
+that changes its sign with `--first` is not the layers', nor is what the engine says it took itself,
+from its first step for a request to its last. An interrupt ends it with the rounds that are done.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from typing import NamedTuple
 
 import aiohttp
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 from serving import KEY, NAME, SLICESERVE, VLLM, Server, served
 from tqdm import tqdm
 from vllm.benchmarks.lib.endpoint_request_func import (
@@ -35,7 +38,10 @@ from vllm.platforms import current_platform
 
 ALONE, AT_ONCE = 8, 128
 WARM_UP = 3
-FIGURES_ALONE = ("latency, ms", "TTFT, ms", "CPU of the API's process, ms a request")
+FIGURES_ALONE = (
+    "latency, ms", "of it in the engine, ms", "TTFT, ms", "CPU of the API's process, ms a request",
+)  # fmt: skip
+ENGINE_SECONDS = "vllm:request_inference_time_seconds_sum"
 FIGURES_AT_ONCE = ("requests/s", "CPU of the API's process, ms a request", "parts of an answer")
 
 
@@ -97,19 +103,32 @@ async def ask(
     return output
 
 
+async def engine_seconds(session: aiohttp.ClientSession, server: Server) -> float:
+    """Return the seconds from first step to last, of all requests that have ended."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with session.get(f"{server.url}/metrics", headers=headers) as answer:
+        families = text_string_to_metric_families(await answer.text())
+    return sum(
+        sample.value for one in families for sample in one.samples if sample.name == ENGINE_SECONDS
+    )
+
+
 async def measure_alone(
     session: aiohttp.ClientSession, server: Server, prompts: Prompts
 ) -> list[float]:
     """Return one server's figures of requests one at a time."""
+    engine = await engine_seconds(session, server)
     cpu = server.cpu_seconds()
     done = [
         await ask(session, server, prompts.draw(ALONE_LENGTHS.prompt), ALONE_LENGTHS.output)
         for _ in range(ALONE)
     ]
+    cpu = server.cpu_seconds() - cpu
     return [
         1e3 * float(np.median([one.latency for one in done])),
+        1e3 * (await engine_seconds(session, server) - engine) / ALONE,
         1e3 * float(np.median([one.ttft for one in done])),
-        1e3 * (server.cpu_seconds() - cpu) / ALONE,
+        1e3 * cpu / ALONE,
     ]
 
 
@@ -183,6 +202,7 @@ def main() -> int:
         "--lengths", type=Lengths.parse, nargs="+", default=[ALONE_LENGTHS], metavar="IN:OUT",
         help="tokens of the requests at once",
     )  # fmt: skip
+    parser.add_argument("--first", choices=("vllm", "sliceserve"), default="vllm")
     parser.add_argument(
         "--options", type=shlex.split, default=["--dtype", "float32", "--enforce-eager"],
         help="of both servers, in one argument",
@@ -199,10 +219,12 @@ def main() -> int:
             *SLICESERVE, "serve", directory, *options.options,
             "--disable-uvicorn-access-log", "--access-log", "off",
         ]  # fmt: skip
-        servers = [
-            running.enter_context(served(theirs, "/health")),
-            running.enter_context(served(ours, "/readyz")),
-        ]
+        starts = {"vllm": (theirs, "/health"), "sliceserve": (ours, "/readyz")}
+        started = {
+            name: running.enter_context(served(*starts[name]))
+            for name in sorted(starts, key=lambda name: name != options.first)
+        }
+        servers = [started[name] for name in starts]
         prompts = Prompts(options.directory)
         found = asyncio.run(measure_in_turns(servers, prompts, options.lengths, options.rounds))
     if not found.size:
