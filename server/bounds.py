@@ -32,8 +32,7 @@ class Bounds:
         sequences: prompts times completions of each.
         output_tokens: tokens of one completion.
         stops: strings, or tokens, that end it.
-        logprobs: of one token. vLLM has the same bound, and answers 500 to a request for more of
-            them in a stream of `/v1/responses`.
+        logprobs: of one token. vLLM has the same bound, which streams meet after their 200.
 
     """
 

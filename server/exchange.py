@@ -247,7 +247,8 @@ def take_usage(exchange: Exchange, scope: Scope) -> None:
 
 def _code_of(event: bytes) -> int:
     """Return the status in an event that tells of an error."""
+    data = event.partition(b"data: ")[2].split(b"\n", 1)[0]
     try:
-        return int(json.loads(event.split(b"\n", 1)[0].removeprefix(b"data: "))["error"]["code"])
+        return int(json.loads(data)["error"]["code"])
     except (ValueError, LookupError, TypeError):
         return 500

@@ -76,13 +76,16 @@ class Answer:
         """Let nothing more of the application's through."""
         self._open, self.was_cut = False, True
 
-    async def end_stream(self, status: int, kind: str, message: str) -> bool:
+    async def end_stream(
+        self, status: int, kind: str, message: str, param: str | None = None
+    ) -> bool:
         """End a stream of events with an error; False if there is none that is under way."""
         if self._start is None or self.ended:
             return False
         if not Headers(raw=self._start["headers"]).get("content-type", "").startswith(EVENTS):
             return False
-        event = f"data: {json.dumps(error_object(status, kind, message))}\n\ndata: [DONE]\n\n"
+        error = json.dumps(error_object(status, kind, message, param))
+        event = f"data: {error}\n\ndata: [DONE]\n\n"
         await self._pass({"type": "http.response.body", "body": event.encode()})
         return True
 

@@ -86,7 +86,9 @@ class ServerSettings(BaseSettings):
         description="Tokens of the prompts that wait for their first token; more get 429.",
     )
     max_body_size: int = Field(
-        4 * 2**20, gt=0, description="Bytes of a request's body; a larger one gets 413."
+        4 * 2**20,
+        gt=0,
+        description="Bytes of a request's body, or a WebSocket's message; a larger one gets 413.",
     )
     body_timeout: float = Field(
         60.0,

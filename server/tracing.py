@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import threading
 from typing import TYPE_CHECKING
 
 from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.datastructures import Headers, MutableHeaders
 
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 _FIRST_SERVER_ERROR = 500
+# Seconds for the last spans, of a collector that may be gone: its own bounds make half a minute.
+FLUSH_S = 3.0
 
 
 class Trace:
@@ -62,3 +67,18 @@ class Trace:
                     span.set_attribute("http.response.status_code", exchange.status)
                     if (exchange.failed or exchange.status) >= _FIRST_SERVER_ERROR:
                         span.set_status(trace.StatusCode.ERROR)
+
+
+def end_traces() -> None:
+    """Send the last spans, within FLUSH_S seconds; what the collector has not taken then is lost.
+
+    Nothing is left for the exit of the process to send.
+    """
+    provider = trace.get_tracer_provider()
+    if not isinstance(provider, TracerProvider):
+        return
+    # It would wait for the exporter once more.
+    atexit.unregister(provider.shutdown)
+    ending = threading.Thread(target=provider.shutdown, name="last-spans", daemon=True)
+    ending.start()
+    ending.join(FLUSH_S)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import json
 import logging
 from http import HTTPStatus
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import argparse
     import socket
+    from collections.abc import AsyncIterator
 
     from fastapi import FastAPI
     from starlette.datastructures import State
@@ -30,6 +32,7 @@ READING = (
     "vllm.entrypoints.chat_utils",
     "vllm.entrypoints.openai.responses.utils",
 )
+_ERROR_CHUNK = 'data: {"error"'
 _HOMES = {
     "build_app": ("vllm.entrypoints.launchers.app", "vllm.entrypoints.openai.api_server"),
     "create_error_response": (
@@ -126,6 +129,11 @@ def uvicorn_log_config(args: argparse.Namespace) -> dict[str, Any] | None:
     return config
 
 
+def error_of(error: Exception) -> Any:
+    """Return what vLLM's routes answer to an error: its `message`, `type`, `param` and `code`."""
+    return _load("create_error_response")(error).error
+
+
 def build_app(args: argparse.Namespace, supported_tasks: Any, model_config: Any) -> FastAPI:
     """Return vLLM's application with the routes that the tasks need."""
     app: FastAPI = _load("build_app")(args, supported_tasks, model_config)
@@ -138,9 +146,11 @@ async def init_app_state(
     """Give the application's routes their engine."""
     await _load("init_app_state")(engine_client, state, args, supported_tasks)
     router = importlib.import_module("vllm.entrypoints.anthropic.api_router")
-    if state.anthropic_serving_messages and not hasattr(router, "create_error_response"):
-        for name in ("create_messages", "count_tokens"):
-            answer_faults_of_requests(state.anthropic_serving_messages, name)
+    if state.anthropic_serving_messages:
+        tell_errors_of_streams(state.anthropic_serving_messages)
+        if not hasattr(router, "create_error_response"):
+            for name in ("create_messages", "count_tokens"):
+                answer_faults_of_requests(state.anthropic_serving_messages, name)
 
 
 def answer_faults_of_requests(handler: Any, name: str) -> None:
@@ -168,3 +178,35 @@ def answer_faults_of_requests(handler: Any, name: str) -> None:
             return answer
 
     setattr(handler, name, answered)
+
+
+def tell_errors_of_streams(handler: Any) -> None:
+    """Have the Messages API's streams end with the error that their chat completion ends with.
+
+    vLLM takes that for a chunk, and tells the client of an internal error: that it is none.
+
+    Args:
+        handler: vLLM's ``AnthropicServingMessages``.
+
+    """
+    convert = handler.message_stream_converter
+
+    @functools.wraps(convert)
+    async def converted(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+        errors: list[dict[str, Any]] = []
+
+        async def without_errors() -> AsyncIterator[str]:
+            async for chunk in chunks:
+                if chunk.startswith(_ERROR_CHUNK):
+                    errors.append(json.loads(chunk.removeprefix("data: "))["error"])
+                elif not errors:
+                    yield chunk
+
+        async for event in convert(without_errors()):
+            yield event
+        for found in errors:
+            # The code is for our own counts, as the type is OpenAI's in whole answers too.
+            error = {name: found[name] for name in ("type", "message", "code")}
+            yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': error})}\n\n"
+
+    handler.message_stream_converter = converted

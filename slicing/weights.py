@@ -136,7 +136,10 @@ def shard_files(directory: Path) -> list[Path]:
         files = [directory / name for name in names]
     missing = [file.name for file in files if not file.exists()]
     if missing:
-        raise UserError(f"model {str(directory)!r} lacks its shards {', '.join(missing)}")
+        raise UserError(
+            f"model {str(directory)!r} lacks its shards {', '.join(missing)}: its download, or "
+            "the copying of it, is incomplete"
+        )
     return files
 
 

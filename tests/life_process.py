@@ -1,11 +1,11 @@
 """A server whose engine is a stand-in, for tests of signals.
 
-    python life_process.py DRAIN_TIMEOUT [stuck] [stays] [brief]
+    python life_process.py DRAIN_TIMEOUT [stuck] [stays] [brief] [http://COLLECTOR]
 
 A `stuck` engine has a process that does not stop by itself. With `stays` a thread never ends, and
-with `brief` the end may take a second. It prints its port, and a line for
-every call of the engine's shutdown, and of what cuts requests. Only GET /metrics and /large end;
-GET /die kills the engine first, GET /hang has it hang.
+with `brief` the end may take a second. A collector gets a span at the end. It prints its port, and
+a line for every call of the engine's shutdown, and of what cuts requests. Only GET /metrics and
+/large end; GET /die kills the engine first, GET /hang has it hang.
 """
 
 import asyncio
@@ -18,12 +18,14 @@ import time
 from typing import Any
 
 import uvicorn
+from vllm.tracing import init_tracer
 
 from sliceserve.server import ending
 from sliceserve.server.drain import METRICS, Drain
 from sliceserve.server.health import Lifecycle, Phase
 from sliceserve.server.life import run_until_signal
 from sliceserve.server.listener import Listener
+from sliceserve.server.tracing import end_traces
 
 LARGE = 32 * 2**20  # bytes, more than sockets hold
 HANGS, CUT = asyncio.Event(), asyncio.Event()
@@ -93,4 +95,9 @@ if __name__ == "__main__":
         threading.Thread(target=time.sleep, args=[600], name="plugin").start()
     if "brief" in sys.argv:
         ending.LAST_S = 1.0
-    sys.exit(asyncio.run(main()))
+    code = asyncio.run(main())
+    if sys.argv[-1].startswith("http:"):
+        ending.end_within()
+        init_tracer("test", sys.argv[-1]).start_span("last").end()
+        end_traces()
+    sys.exit(code)

@@ -1,5 +1,6 @@
-"""A collector of OpenTelemetry traces for tests."""
+"""Collectors of OpenTelemetry traces for tests: one that keeps them, and one that never answers."""
 
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,3 +60,11 @@ def collecting() -> Iterator[Collector]:
         finally:
             collector.shutdown()
             thread.join()
+
+
+@contextmanager
+def silent_collector() -> Iterator[str]:
+    """Where exporters can send to for the time of the block, and get no answer."""
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        # The system takes in the connections and what comes on them.
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}/v1/traces"

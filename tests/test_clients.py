@@ -31,6 +31,8 @@ from server_process import (
     stopped,
 )
 from shapes import byte_tokenizer
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
 KEY = "fuzz"
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "15"))
@@ -52,6 +54,7 @@ def server(
     template.write_text("{{ messages[0]['content'] }}")
     options = ["--chat-template", str(template), "--request-timeout", "60"]
     options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    options += ["--middleware", "told_engine.EchoSockets", "--max-body-size", str(LARGEST)]
     environment = {"SLICESERVE_API_KEY": KEY, "PYTHONPATH": str(memory)}
     with serving(tiny_sliced, log, *options, **environment) as server:
         server.wait_for("/readyz", 200)
@@ -66,6 +69,8 @@ def client(server: ServerProcess) -> openai.OpenAI:
 ASKED: dict[str, Any] = {"model": "sliced", "messages": [{"role": "user", "content": "Pick one."}]}
 SAID, ANSWERED = "what-the-client-said", "what-the-model-answered"
 LOGPROBS = 20  # vLLM's default of --max-logprobs
+DONE = "data: [DONE]"
+LARGEST = 100_000  # bytes of a body or a message
 SCHEMA = {
     "type": "object",
     "properties": {"colour": {"enum": ["red", "blue"]}, "size": {"enum": [1, 22, 333]}},
@@ -202,6 +207,74 @@ def test_logprobs_are_bounded(server: ServerProcess, route: str, asked: dict[str
     error = refused.json()["error"]
     assert error["param"] == name
     assert error["message"] == f"{name} is {LOGPROBS + 1}, and {LOGPROBS} logprobs are allowed."
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_the_engine_refuses_late_is_told_alike_on_all_routes(
+    server: ServerProcess, streamed: bool
+) -> None:
+    told = []
+    for route, asked in (("chat/completions", ASKED), ("responses", {"input": "hi"})):
+        answer = httpx.post(
+            f"{server.url}/v1/{route}",
+            json={"model": "sliced", "logit_bias": {"9999999": 1}, "stream": streamed} | asked,
+            headers={"Authorization": f"Bearer {KEY}"},
+            timeout=60,
+        )
+        assert answer.status_code == (200 if streamed else 400), answer.text
+        *_, error = (part for part in answer.text.split("\n\n") if part not in ("", DONE))
+        told.append(json.loads(error.removeprefix("data: "))["error"])
+    assert told[0] == told[1]
+    assert (told[0]["code"], told[0]["type"]) == (400, "BadRequestError")
+    assert told[0]["param"] == "logit_bias"
+
+
+def test_the_openai_client_raises_what_ends_a_stream(client: openai.OpenAI) -> None:
+    events = client.responses.create(
+        model="sliced", input="hi", stream=True, extra_body={"logit_bias": {"9999999": 1}}
+    )
+    with pytest.raises(openai.APIError, match="out-of-vocab") as caught:
+        list(events)
+    assert caught.value.code == "400"
+
+
+def test_so_it_is_in_a_stream_of_messages(server: ServerProcess) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(["}}}
+    told = []
+    for streamed in (False, True):
+        answer = httpx.post(
+            f"{server.url}/v1/messages",
+            json={
+                "model": "sliced", "messages": MESSAGES, "max_tokens": 5, "stream": streamed,
+                "output_config": {"format": {"type": "json_schema", "schema": schema}},
+            },
+            headers={"Authorization": f"Bearer {KEY}"},
+            timeout=60,
+        )  # fmt: skip
+        assert answer.status_code == (200 if streamed else 400), answer.text
+        event = json.loads(answer.text.strip().removeprefix("event: error\ndata: "))
+        told.append((event["type"], event["error"]["type"], event["error"]["message"]))
+    assert told[0] == told[1]
+    series = httpx.get(
+        f"{server.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=60
+    ).text
+    assert 'route="/v1/messages",status="500"' not in series
+
+
+def test_a_websockets_message_is_bounded_as_a_body_is(server: ServerProcess) -> None:
+    url, headers = server.url.replace("http", "ws", 1), {"Authorization": f"Bearer {KEY}"}
+    for compressed in ("deflate", None):
+        with connect(
+            url, additional_headers=headers, compression=compressed, proxy=None, max_size=None
+        ) as socket:
+            largest = "x" * LARGEST
+            socket.send(largest)
+            assert socket.recv() == largest
+            socket.send(largest + "x")
+            with pytest.raises(ConnectionClosed) as caught:
+                socket.recv()
+        assert caught.value.rcvd
+        assert caught.value.rcvd.code == 1009
 
 
 # What is answered, and what is refused by our layers, by vLLM's reading of it, and by its engine.

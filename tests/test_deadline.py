@@ -174,7 +174,8 @@ def test_a_failure_ends_a_stream_in_order(
     reported: list[Exchange] = []
 
     async def once() -> httpx.Response:
-        faults = Faults(Failing("text/event-stream; charset=utf-8", messages))
+        failing = Failing("text/event-stream; charset=utf-8", messages, kind=RuntimeError)
+        faults = Faults(failing)
         async with client_of(Watch(faults, frozenset(), reported.append)) as client:
             return await client.post("/", headers={"X-Request-ID": "mine"})
 
@@ -191,7 +192,7 @@ def test_a_failure_ends_a_stream_in_order(
 
 
 def test_what_fails_while_a_request_is_read_is_the_requests_fault() -> None:
-    async def once(reading: str, kind: type[Exception] = ValueError) -> httpx.Response:
+    async def once(reading: str, kind: type[Exception] = LookupError) -> httpx.Response:
         # As Starlette does: a 500 without a reason, and then the exception.
         failing = Failing("text/plain", 2, status=500, kind=kind)
         async with client_of(Faults(failing, (reading,))) as client:

@@ -248,6 +248,7 @@ def test_every_answer_is_counted_once_under_a_known_route() -> None:
         (b'data: {"error": {"code": 408}}\n\ndata: [DONE]\n\n', 408),
         (b'data: {"error": {"message": "it died"}}\n\n', 500),
         (b"event: error\ndata: {}\n\n", 500),
+        (b'event: error\ndata: {"type": "error", "error": {"code": 400}}\n\n', 400),
         (b'data: {"choices": [{"text": "data: {\\"error\\""}]}\n\n', None),
     ],
 )

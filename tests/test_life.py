@@ -16,6 +16,7 @@ import httpx
 import pytest
 import told_engine
 from life_process import LARGE
+from otlp_collector import collecting, silent_collector
 from server_process import (
     STOP_SECONDS,
     post,
@@ -31,15 +32,16 @@ KEY = "key"
 SCRIPT = Path(__file__).with_name("life_process.py")
 # What takes longer hangs.
 LIMIT_S = 60
+PATIENT_EXPORTER = {"OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": "600"}  # seconds
 
 
 @contextmanager
 def process(
-    drain_timeout: float, *options: str, stderr: int | None = None
+    drain_timeout: float, *options: str, stderr: int | None = None, **variables: str
 ) -> Iterator[tuple["subprocess.Popen[str]", str]]:
     command = [sys.executable, str(SCRIPT), str(drain_timeout), *options]
     # Where vLLM 0.24 does not log by itself.
-    environment = os.environ | {"VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+    environment = os.environ | {"VLLM_LOGGING_STREAM": "ext://sys.stderr"} | variables
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
     ) as started:
@@ -161,6 +163,25 @@ def test_an_idle_server_leaves_without_waiting() -> None:
         assert end_of(started)[0] == 0
 
 
+@pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
+def test_a_collector_that_never_answers_does_not_hold_the_end_up(protocol: str) -> None:
+    """The exporter waits for it longer than the server's end may take, which would end with 1."""
+    environment = PATIENT_EXPORTER | {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": protocol}
+    with silent_collector() as url, process(0, url, **environment) as (started, ours):
+        assert httpx.get(f"{ours}/metrics", timeout=LIMIT_S).text == "begun"
+        started.send_signal(signal.SIGTERM)
+        assert end_of(started)[0] == 0
+
+
+def test_the_last_spans_are_sent() -> None:
+    environment = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
+    with collecting() as collector, process(0, collector.url, **environment) as (started, url):
+        assert httpx.get(f"{url}/metrics", timeout=LIMIT_S).text == "begun"
+        started.send_signal(signal.SIGTERM)
+        assert end_of(started)[0] == 0
+        assert [span.name for span in collector.spans] == ["last"]
+
+
 @pytest.mark.parametrize(("fault", "before"), [("die", []), ("hang", ["cut"])])
 def test_an_engine_that_dies_or_hangs_ends_the_server(fault: str, before: list[str]) -> None:
     with process(10_000) as (started, url):
@@ -183,14 +204,20 @@ def test_a_fault_while_it_drains_is_no_orderly_end(fault: str) -> None:
 
 
 def test_what_outlives_the_drain_ends_with_an_error(tiny_sliced: Path, tmp_path: Path) -> None:
-    """And not as an answer that looks complete, which vLLM makes of what it aborts."""
+    """And not as an answer that looks complete, which vLLM makes of what it aborts.
+
+    Its traces go where nobody answers.
+    """
     engine = tmp_path / "engine"
     engine.mkdir()
     told_engine.installed(engine)
     (engine / "slow").touch()
-    environment = {"PYTHONPATH": str(engine), "SLICESERVE_API_KEY": KEY}
-    options = ("--drain-timeout", "1", "--metrics-public")
-    with serving(tiny_sliced, tmp_path / "log", *options, **environment) as server:
+    environment = PATIENT_EXPORTER | {"PYTHONPATH": str(engine), "SLICESERVE_API_KEY": KEY}
+    options = ("--drain-timeout", "1", "--metrics-public", "--otlp-traces-endpoint")
+    with (
+        silent_collector() as url,
+        serving(tiny_sliced, tmp_path / "log", *options, url, **environment) as server,
+    ):
         server.wait_for("/readyz", 200)
         with stream(server, KEY, tokens=500) as answer, ThreadPoolExecutor(1) as pool:
             assert answer.status_code == 200

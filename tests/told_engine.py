@@ -26,6 +26,23 @@ def installed(directory: Path) -> Path:
     return directory
 
 
+class EchoSockets:
+    """ASGI layer that sends a WebSocket its messages back."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass on what is no WebSocket."""
+        if scope["type"] != "websocket":
+            await self.app(scope, receive, send)
+            return
+        await receive()
+        await send({"type": "websocket.accept"})
+        while (message := await receive())["type"] == "websocket.receive":
+            await send({**message, "type": "websocket.send"})
+
+
 def register() -> None:
     """Patch what every worker of vLLM is wrapped in."""
     import torch
