@@ -57,14 +57,17 @@ class KeyRing:
         """Whether a key is needed at all; stays true when the file is emptied later."""
         return bool(self._fixed) or self._file is not None
 
-    def accepts(self, key: str) -> bool:
-        """Whether this is one of the keys, in a time that does not depend on which."""
+    def name_of(self, key: str) -> str | None:
+        """Return what one of the keys is called in logs, in a time that does not depend on which.
+
+        That is the first 8 digits of its SHA-256; None if it is no key.
+        """
         self._refresh()
         digest = _digest(key)
         found = False
         for known in (*self._fixed, *self._from_file):
             found |= hmac.compare_digest(digest, known)
-        return found
+        return digest.hex()[:8] if found else None
 
     def _refresh(self) -> None:
         """Read the file again if it changed; an emptied one leaves none of its keys valid."""
@@ -105,8 +108,9 @@ class Auth:
             await self.app(scope, receive, send)
             return
         scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and self._keys.accepts(key := token.strip()):
-            note_key(scope, key_name(key))
+        name = self._keys.name_of(token.strip()) if scheme.lower() == "bearer" else None
+        if name is not None:
+            note_key(scope, name)
             await self.app(scope, receive, send)
             return
         challenge = 'Bearer realm="sliceserve"'
@@ -122,11 +126,6 @@ class Auth:
     def _is_open(self, scope: Scope) -> bool:
         reads = scope["type"] == "http" and scope["method"] in ("GET", "HEAD")
         return reads and scope["path"] in self._public
-
-
-def key_name(key: str) -> str:
-    """Return what a key is called in logs: the first 8 digits of its SHA-256."""
-    return _digest(key).hex()[:8]
 
 
 def _digest(key: str) -> bytes:

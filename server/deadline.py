@@ -16,6 +16,44 @@ if TYPE_CHECKING:
 LAST_WORDS_S = 5.0
 
 
+class _Limit:
+    """The time of one request: what waits for its client is cancelled when it is up.
+
+    `asyncio.timeout` around each wait would set a timer each, some four a request.
+    """
+
+    def __init__(self) -> None:
+        self.up = False
+        self._waiting: set[asyncio.Task[object]] = set()
+
+    def end(self) -> None:
+        """Let nothing wait any more."""
+        if not self.up:
+            self.up = True
+            for task in self._waiting:
+                task.cancel()
+
+    async def next(self, receive: Receive) -> Message | None:
+        """Return what comes from the client; None once the time is up."""
+        task = asyncio.current_task()
+        if self.up or task is None:
+            return None
+        before = task.cancelling()
+        self._waiting.add(task)
+        try:
+            return await receive()
+        except asyncio.CancelledError:
+            # As `asyncio.timeout` does: others may have cancelled the task too.
+            if not self.up or task.uncancel() > before:
+                raise
+            return None
+        finally:
+            self._waiting.discard(task)
+            # A stream that has ended cancels this. The error then holds this frame, which would
+            # hold the task, which holds the error: with the request, until a collection.
+            del task
+
+
 class Deadline:
     """ASGI layer that ends a request whose time is up, or all of them.
 
@@ -26,46 +64,43 @@ class Deadline:
 
     def __init__(self, app: ASGIApp, seconds: float) -> None:
         self.app, self._seconds = app, seconds
-        self._waiting: set[asyncio.Timeout] = set()
+        self._running: set[_Limit] = set()
         self._cut = False
 
     def cut(self) -> None:
         """End all requests now, those that are yet to come too."""
         self._cut = True
-        for limit in self._waiting:
-            if not limit.expired():
-                limit.reschedule(asyncio.get_running_loop().time())
+        for limit in self._running:
+            limit.end()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, and end it in time."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        end = asyncio.get_running_loop().time() + self._seconds
         answer = shared_answer(scope, send)
+        limit = _Limit()
         expired = False
 
         async def limited_receive() -> Message:
             nonlocal expired
-            limit = asyncio.timeout_at(0 if self._cut else end)
-            try:
-                async with limit:
-                    self._waiting.add(limit)
-                    try:
-                        return await receive()
-                    finally:
-                        self._waiting.discard(limit)
-            except TimeoutError:
-                expired = limit.expired() and not answer.ended
-                if expired:
-                    answer.cut()
-                return {"type": "http.disconnect"}
-            finally:
-                # A stream that has ended cancels this. The error then holds this frame, which
-                # would hold the task, which holds the error: with the request, until a collection.
-                del limit
+            message = await limit.next(receive)
+            if message is not None:
+                return message
+            expired = not answer.ended
+            if expired:
+                answer.cut()
+            return {"type": "http.disconnect"}
 
-        await self.app(scope, limited_receive, answer.send)
+        # Not at once: the application does not expect a client that leaves before its request.
+        seconds = 0 if self._cut else self._seconds
+        timer = asyncio.get_running_loop().call_later(seconds, limit.end)
+        self._running.add(limit)
+        try:
+            await self.app(scope, limited_receive, answer.send)
+        finally:
+            self._running.discard(limit)
+            timer.cancel()
         if not expired:
             return
         # A client that reads nothing must not keep the request's place.

@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from sliceserve.server.responses import Answer, share_answer
-from sliceserve.server.usage import work_of, working
+from sliceserve.server.usage import begin_work, end_work, work_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -201,10 +201,11 @@ class Watch:
                 exchange.disconnected = True
             return message
 
+        work = begin_work(inner)
         try:
-            with working(inner):
-                await self.app(inner, watched_receive, answer.send)
+            await self.app(inner, watched_receive, answer.send)
         finally:
+            end_work(work)
             if exchange.status is None and not exchange.disconnected:
                 exchange.status = 500  # what the HTTP server answers to an exception
             exchange.seconds = time.monotonic() - answer.began

@@ -18,7 +18,7 @@ from sliceserve.server.exchange import Exchange, Watch
 from sliceserve.server.faults import Faults
 from sliceserve.server.health import LIVEZ, READYZ, EngineProbe, Health, Lifecycle, Readiness
 from sliceserve.server.metrics import Refreshing, ServerMetrics
-from sliceserve.server.per_key import KeyLimits, PerKey
+from sliceserve.server.per_key import NO_LIMITS, KeyLimits, PerKey
 from sliceserve.server.queued import QueueLimit
 from sliceserve.server.responses import unavailable
 from sliceserve.server.sockets import SocketDeadline
@@ -98,7 +98,8 @@ def while_serving(
         deadline.cut()
         sockets.cut()
 
-    keyed = PerKey(admission, _key_limits(settings))
+    limits = _key_limits(settings)
+    keyed = admission if limits == NO_LIMITS else PerKey(admission, limits)
     drain = Drain(keyed, lifecycle, cut, metrics.count_drained)
 
     def overloaded() -> bool:

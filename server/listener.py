@@ -120,6 +120,7 @@ def make_listener(
         options["log_config"] = log_config
     config = uvicorn.Config(
         app,
+        interface="asgi3",  # uvicorn takes what is no coroutine function for an older one
         http=BoundedProtocol,
         host=args.host,
         port=args.port,

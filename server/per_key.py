@@ -36,6 +36,9 @@ class KeyLimits:
     tokens_per_minute: int | None
 
 
+NO_LIMITS = KeyLimits(None, None, None)
+
+
 class PerKey:
     """ASGI layer within `Auth` that answers 429 to a key that is over one of its limits.
 

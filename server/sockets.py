@@ -10,6 +10,8 @@ from sliceserve.server.deadline import LAST_WORDS_S
 from sliceserve.server.responses import error_response, unavailable
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # Of RFC 6455 and its registry.
@@ -37,11 +39,12 @@ class SocketDeadline:
             if not limit.expired():
                 limit.reschedule(asyncio.get_running_loop().time())
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Pass the request on, and end it in time if it is a WebSocket."""
-        if scope["type"] != "websocket":
-            await self.app(scope, receive, send)
-            return
+        bounded = scope["type"] == "websocket"
+        return (self._bounded if bounded else self.app)(scope, receive, send)
+
+    async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
         accepted = over = False
 
         def note(message: Message) -> Message:

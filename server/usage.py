@@ -5,14 +5,11 @@ Not all of vLLM's routes tell, and none does of an answer that was left; its eng
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from starlette.types import Scope
 
 _SCOPE_KEY = "sliceserve.work"
@@ -57,15 +54,15 @@ class Work:
 _work: ContextVar[Work | None] = ContextVar("sliceserve.work", default=None)
 
 
-@contextmanager
-def working(scope: Scope) -> Iterator[None]:
-    """Count what the engine is asked for within the block as the cost of an HTTP request."""
+def begin_work(scope: Scope) -> Token[Work | None]:
+    """Count what the engine is asked for as the cost of an HTTP request, until `end_work`."""
     scope[_SCOPE_KEY] = work = Work()
-    token = _work.set(work)
-    try:
-        yield
-    finally:
-        _work.reset(token)
+    return _work.set(work)
+
+
+def end_work(token: Token[Work | None]) -> None:
+    """Count no longer what `begin_work`, which gave this, has begun to count."""
+    _work.reset(token)
 
 
 def work_of(scope: Scope) -> Work:

@@ -121,6 +121,38 @@ def test_the_end_of_the_server_and_of_a_requests_time_may_coincide() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("others_first", [True, False])
+def test_who_cancels_what_waits_as_its_time_ends_is_heard(*, others_first: bool) -> None:
+    """As vLLM's routes do with what waits for the client's leaving, once they have answered."""
+    seen: list[bool] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        waiting = asyncio.ensure_future(receive())
+        await asyncio.sleep(0)
+        for end in (waiting.cancel, layer.cut) if others_first else (layer.cut, waiting.cancel):
+            end()
+        await asyncio.wait([waiting])
+        seen.append(waiting.cancelled())
+        await Response("done")(scope, receive, send)
+
+    async def receive() -> Any:
+        await asyncio.get_running_loop().create_future()
+
+    async def scenario() -> None:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+        await layer(scope, receive, send)
+        assert [message.get("body") for message in sent[1:]] == [b"done"]
+
+    layer = Deadline(app, 60)
+    asyncio.run(scenario())
+    assert seen == [True]
+
+
 def test_what_is_in_time_stays_as_it_is() -> None:
     async def scenario() -> None:
         application = Application()

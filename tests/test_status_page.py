@@ -93,7 +93,7 @@ def answering(*keys: str) -> Iterator[str]:
     lifecycle.enter(Phase.SERVING, "answering requests")
     access = Access(KeyRing(keys), frozenset(), {})
     app = guarded(Starlette(routes=routes), access, Readiness(lifecycle))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, interface="asgi3", log_level="warning"))
     with socket.create_server(("127.0.0.1", 0)) as bound:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
-from sliceserve.server.usage import Work, watch_sequences, work_of, working
+from sliceserve.server.usage import Work, begin_work, end_work, watch_sequences, work_of
 
 
 def sequence(tokens: int, index: int = 0, prompt: int = 10) -> Any:
@@ -25,10 +25,11 @@ def test_the_sequences_of_each_request_are_its_own_and_what_comes_later_counts()
     processor, scopes = Processor(), ({}, {})  # type: tuple[Processor, tuple[dict[str, Any], ...]]
     watch_sequences(processor)
     for number, scope in enumerate(scopes):
-        with working(scope):
-            for index in range(2):
-                request = SimpleNamespace(request_id=f"{number}-{index}")
-                processor.add_request(request, sequence(0, index, prompt=10 + number))
+        token = begin_work(scope)
+        for index in range(2):
+            request = SimpleNamespace(request_id=f"{number}-{index}")
+            processor.add_request(request, sequence(0, index, prompt=10 + number))
+        end_work(token)
     processor.add_request(SimpleNamespace(request_id="of nobody"), sequence(5))
     processor.request_states["1-1"].stats.num_generation_tokens = 7
     processor.request_states.clear()
