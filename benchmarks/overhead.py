@@ -6,10 +6,11 @@ Both servers run on this machine, on its GPU if it has one, and are asked in tur
 each, so that what disturbs the machine meets both: requests one at a time, then many at once, these
 with each of `--lengths`, all streamed and with prompts of their own, sent by what vLLM's own
 benchmark sends them with. Neither writes a line a request. A round gives one difference; shown are
-their medians and between what bounds these lie with 95 % confidence. The smaller the model, the
-more the layers weigh. The server that starts first has its engine's memory first, so a difference
-that changes its sign with `--first` is not the layers', nor is what the engine says it took itself,
-from its first step for a request to its last. An interrupt ends it with the rounds that are done.
+their medians, of CPU time their means as it comes in steps of 10 ms, and between what bounds these
+lie with 95 % confidence. The smaller the model, the more the layers weigh. The server that starts
+first has its engine's memory first, so a difference that changes its sign with `--first` is not the
+layers'. What the engine says it took is from its first step for a request to its last. An interrupt
+ends it with the rounds that are done.
 """
 
 import argparse
@@ -20,9 +21,10 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import aiohttp
 import numpy as np
@@ -38,11 +40,10 @@ from vllm.platforms import current_platform
 
 ALONE, AT_ONCE = 8, 128
 WARM_UP = 3
-FIGURES_ALONE = (
-    "latency, ms", "of it in the engine, ms", "TTFT, ms", "CPU of the API's process, ms a request",
-)  # fmt: skip
+CPU = "CPU of the API's process, ms a request"
+FIGURES_ALONE = ("latency, ms", "of it in the engine, ms", "TTFT, ms", CPU)
 ENGINE_SECONDS = "vllm:request_inference_time_seconds_sum"
-FIGURES_AT_ONCE = ("requests/s", "CPU of the API's process, ms a request", "parts of an answer")
+FIGURES_AT_ONCE = ("requests/s", CPU, "parts of an answer")
 
 
 class Lengths(NamedTuple):
@@ -187,11 +188,16 @@ async def measure_in_turns(
     return found[:, :done]
 
 
-def median_and_bounds(values: np.ndarray, form: str) -> str:
-    """Write the median and where 95 % of the medians of rounds drawn anew lie."""
+def middle_of(figure: str) -> Callable[..., Any]:
+    """Return what the middle of a figure's rounds is."""
+    return np.mean if figure.endswith(CPU) else np.median
+
+
+def middle_and_bounds(values: np.ndarray, middle: Callable[..., Any], form: str) -> str:
+    """Write the middle and where 95 % of those of rounds drawn anew lie."""
     drawn = np.random.default_rng(0).choice(values, (5000, len(values)))
-    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
-    return f"{np.median(values):{form}} ({low:{form}} to {high:{form}})"
+    low, high = np.quantile(middle(drawn, axis=1), [0.025, 0.975])
+    return f"{middle(values):{form}} ({low:{form}} to {high:{form}})"
 
 
 def main() -> int:
@@ -229,14 +235,15 @@ def main() -> int:
         found = asyncio.run(measure_in_turns(servers, prompts, options.lengths, options.rounds))
     if not found.size:
         sys.exit("no round was done")
-    print(f"| median of {found.shape[1]} | vLLM | sliceserve | difference | ratio |")
+    print(f"| middle of {found.shape[1]} | vLLM | sliceserve | difference | ratio |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for place, figure in enumerate(figures_of(options.lengths)):
         vllm, sliceserve = found[:, :, place]
+        middle = middle_of(figure)
         print(
-            f"| {figure} | {np.median(vllm):.2f} | {np.median(sliceserve):.2f} "
-            f"| {median_and_bounds(sliceserve - vllm, '+.2f')} "
-            f"| {median_and_bounds(sliceserve / vllm, '.3f')} |"
+            f"| {figure} | {middle(vllm):.2f} | {middle(sliceserve):.2f} "
+            f"| {middle_and_bounds(sliceserve - vllm, middle, '+.2f')} "
+            f"| {middle_and_bounds(sliceserve / vllm, middle, '.3f')} |"
         )
     return 0 if found.shape[1] == options.rounds else 1
 

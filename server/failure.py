@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 FILE = "_SLICESERVE_FAILURE"
 # With these vLLM's workers and engines log, in vLLM 0.24 to 0.32, what ends them before they serve.
 _ENDS = ("WorkerProc failed to start", "EngineCore failed to start")
+# The word, no part of a path or a name.
+_OF_MEMORY = re.compile(r"(?<![\w./-])memory(?![\w/-]|\.\w)", re.IGNORECASE)
 
 
 @contextmanager
@@ -49,7 +52,7 @@ def loading_fault(error: Exception) -> Kind:
 
     It says what options or a checkpoint have wrong by ValueErrors, but also that memory is short.
     """
-    if isinstance(error, RuntimeError) or "memory" in str(error).lower():
+    if isinstance(error, RuntimeError) or _OF_MEMORY.search(str(error)):
         return MachineError
     return fault(error)
 

@@ -8,7 +8,8 @@ import pytest
 import told_engine
 from server_process import START_SECONDS, serving, wait_until_gone
 
-from sliceserve.server.failure import FILE, shared_failure, tell_failures
+from sliceserve.server.failure import FILE, loading_fault, shared_failure, tell_failures
+from sliceserve.slicing.errors import MachineError
 
 
 @pytest.fixture
@@ -48,6 +49,23 @@ def test_nothing_is_left_of_a_start(logger: logging.Logger) -> None:
 def test_nobody_is_told_who_does_not_ask(logger: logging.Logger) -> None:
     tell_failures(logger, {})
     assert not logger.handlers
+
+
+@pytest.mark.parametrize(
+    ("text", "of_the_machine"),
+    [
+        ("No available memory for the cache blocks. Try more `gpu_memory_utilization`.", True),
+        ("Free memory on device cuda:0 (3.1/79.1 GiB) is less than desired.", True),
+        ("32.0 GiB KV cache is needed, which is larger than the available KV cache memory.", True),
+        ("model '/models/memory-7b' has no config.json", False),
+        ("/srv/memory/model: unknown architecture", False),
+        ("memory-7b/memory.json is not JSON", False),
+    ],
+)
+def test_short_memory_is_the_machines_fault_and_the_word_in_a_name_is_not(
+    text: str, *, of_the_machine: bool
+) -> None:
+    assert (loading_fault(ValueError(text)) is MachineError) is of_the_machine
 
 
 def test_out_of_memory_while_loading_is_the_last_word(tiny_sliced: Path, tmp_path: Path) -> None:
