@@ -55,6 +55,9 @@ class BoundedProtocol(HttpToolsProtocol):
         """Leave no timer behind."""
         self._stop_clock()
         super().connection_lost(exc)
+        # uvicorn leaves this one if the client broke the connection off, and with it the request,
+        # for as long as idle connections are kept.
+        self._unset_keepalive_if_required()
 
     def data_received(self, data: bytes) -> None:
         """Read on, unless that is over, and refuse a head that has become too large."""

@@ -274,6 +274,21 @@ def test_a_client_that_leaves_leaves_no_timer(play: Play, kept: bool) -> None:
     play(scenario)
 
 
+def test_a_connection_that_is_broken_off_when_idle_leaves_no_timer(play: Play) -> None:
+    async def scenario(serving: Serving) -> None:
+        async with serving.client() as client:
+            client.send(GET % (b"1", b""))
+            await client.expect("/1 0")
+            connection = await serving.connection()
+            await until(lambda: connection.timeout_keep_alive_task is not None)
+            idle = connection.timeout_keep_alive_task
+            client.reset()
+        await until(lambda: not serving.connections)
+        assert idle.cancelled()
+
+    play(scenario)
+
+
 def test_a_client_that_sends_far_too_much_can_read_why(play: Play) -> None:
     async def scenario(serving: Serving) -> None:
         url = "http://{}:{}/".format(*serving.address)
