@@ -47,6 +47,8 @@ For one option:           sliceserve serve --help=max-model-len  (_ or - accepte
 
 
 _USE_VLLM = "run `vllm serve DIR` for that"
+# vLLM's methods of speculation that read tokens alone, and that of the user's own class.
+_TOKEN_DRAFTERS = ("ngram", "ngram_gpu", "suffix", "draft_model", "custom_class")
 
 
 def main(argv: list[str]) -> int:
@@ -198,6 +200,16 @@ def _refuse_unsupported(args: argparse.Namespace) -> None:
             "--enable-prompt-embeds: the embeddings of a sliced model have another width than "
             "those of the model it was sliced from; send text or token ids"
         )
+    _refuse_heads((args.speculative_config or {}).get("method"))
+
+
+def _refuse_heads(method: str | None) -> None:
+    """Refuse what drafts tokens from the residual stream of a dense model."""
+    if method is not None and method not in _TOKEN_DRAFTERS:
+        raise UserError(
+            f"--speculative-config, method {method!r}: its heads read the residual stream of the "
+            "dense model, which a sliced one has not; draft with 'ngram' or a 'draft_model'"
+        )
 
 
 def _bind(args: argparse.Namespace) -> tuple[str, socket.socket]:
@@ -222,7 +234,10 @@ def _engine_config(args: argparse.Namespace) -> Any:
 
     with _user_errors(OSError):
         engine_args = AsyncEngineArgs.from_cli_args(args)
-        return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    if config.speculative_config is not None:
+        _refuse_heads(config.speculative_config.method)  # which vLLM may have found out itself
+    return config
 
 
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 from torch.testing import assert_close
 
+from sliceserve.kernels import accumulate as added
 from sliceserve.kernels import gated as compiled
 from sliceserve.kernels.accumulate import accumulate
 from sliceserve.kernels.rounded import FP8, rounded
@@ -196,6 +197,39 @@ def test_operations_keep_their_promises_to_the_compiler() -> None:
         joined = (projected[:, :-rank], projected[:, -rank:], None, True, q)
         torch.library.opcheck(rounded, joined)
     torch.library.opcheck(accumulate, (torch.ones(3, 5), torch.ones(3, 4), torch.ones(5, 4)))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("size", [(1, 96, 40), (5, 101, 57), (3, 7, 600), (130, 32, 16), (0, 8, 4)])
+def test_accumulate_is_a_product_in_float64(dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    tokens, width, inner = size
+    torch.manual_seed(0)
+    # The stream, what is added and the weights are views of wider matrices.
+    whole = torch.randn(tokens, width + 3).to(dtype)
+    x, beside = whole[:, 3:], whole[:, :3].clone()
+    a = torch.randn(tokens, inner + 5).to(dtype)[:, 5:]
+    weight = (torch.randn(width, inner + 2) / inner**0.5).to(dtype)[:, 2:]
+    expected = x.double() + a.double() @ weight.double().T
+    plain = added.reference(x, a, weight)
+    accumulate(x, a, weight)
+    for found in (x, plain):
+        assert_close(found.double(), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+    assert torch.equal(whole[:, :3], beside)
+
+
+@pytest.mark.parametrize(
+    ("x", "a", "weight"),
+    [
+        (torch.ones(3, 5), torch.ones(2, 4), torch.ones(5, 4)),
+        (torch.ones(3, 5), torch.ones(3, 4), torch.ones(6, 4)),
+        (torch.ones(3, 5), torch.ones(3, 4), torch.ones(5, 3)),
+        (torch.ones(3, 5), torch.ones(3, 4), torch.ones(5, 4, dtype=torch.bfloat16)),
+    ],
+)
+def test_accumulate_refuses_what_does_not_fit(x: Tensor, a: Tensor, weight: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"x \[3, 5\] float32"):
+        accumulate(x, a, weight)
+    assert torch.equal(x, torch.ones(3, 5))
 
 
 def test_accumulate_adds_in_place_also_when_compiled() -> None:

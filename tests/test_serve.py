@@ -19,6 +19,8 @@ from sliceserve.slicing.errors import UserError
         (["DIR", "--headless"], "--headless"),
         (["DIR", "--api-server-count", "2"], "--api-server-count 2"),
         (["DIR", "--enable-prompt-embeds"], "--enable-prompt-embeds"),
+        (["DIR", "--speculative-config", '{"method": "eagle3"}'], "method 'eagle3'"),
+        (["DIR", "--speculative-config", '{"method": "medusa"}'], "method 'medusa'"),
         (["DIR", "--model", "other"], "--model other"),
     ],
 )
