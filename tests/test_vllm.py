@@ -134,9 +134,11 @@ def others(tmp_path_factory: pytest.TempPathFactory, uneven: Path) -> dict[str, 
         directories[name] = work / "sliced"
         options = SliceOptions(str(dense), work / "sliced", samples=8, sequence_length=64, **PAPER)
         run_slice(options, show_progress=False)
-    for name, rank in (("llama-tied", 4), ("opt", "auto")):
+    # A rotation is shared in steps of 16 directions: of 24 both of two ranks have some.
+    for name, rank in (("llama-tied", 4), ("llama-tied", 24), ("opt", "auto")):
         dense = directories[name].with_name("dense")
-        directories[f"{name}-low-rank"] = output = directories[name].with_name("low-rank")
+        label = "rank-24" if rank == 24 else "low-rank"
+        directories[f"{name}-{label}"] = output = directories[name].with_name(label)
         options = SliceOptions(str(dense), output, rank=rank, samples=8, sequence_length=64)
         run_slice(options, show_progress=False)
     return directories
@@ -183,7 +185,8 @@ def test_two_ranks_agree_and_rotations_need_no_all_reduce_of_their_own(
 ) -> None:
     """One for the embedding and one a sublayer, as in the dense model."""
     dense = uneven.with_name("dense")
-    models = [dense, uneven, others["phi"], others["llama-tied-low-rank"]]
+    low_rank = [others[f"llama-tied-{label}"] for label in ("low-rank", "rank-24")]
+    models = [dense, uneven, others["phi"], *low_rank]
     options = EAGER | {"tensor_parallel_size": 2}
     results = read_results(run_vllm(models, PROMPTS, 12, options, count=True), len(models))
     for model, result in zip(models, results, strict=True):
