@@ -136,6 +136,7 @@ class QueueLimit:
         try:
             await self.app(scope, receive, holding)
         except Exception:
+            # Of a refused request the error tells nothing else: the engine had no part of it.
             if not asking.refused:
                 raise
         finally:

@@ -135,9 +135,11 @@ def others(tmp_path_factory: pytest.TempPathFactory, uneven: Path) -> dict[str, 
         options = SliceOptions(str(dense), work / "sliced", samples=8, sequence_length=64, **PAPER)
         run_slice(options, show_progress=False)
     # A rotation is shared in steps of 16 directions: of 24 both of two ranks have some.
-    for name, rank in (("llama-tied", 4), ("llama-tied", 24), ("opt", "auto")):
+    low_rank = (
+        ("llama-tied", "low-rank", 4), ("llama-tied", "rank-24", 24), ("opt", "low-rank", "auto"),
+    )  # fmt: skip
+    for name, label, rank in low_rank:
         dense = directories[name].with_name("dense")
-        label = "rank-24" if rank == 24 else "low-rank"
         directories[f"{name}-{label}"] = output = directories[name].with_name(label)
         options = SliceOptions(str(dense), output, rank=rank, samples=8, sequence_length=64)
         run_slice(options, show_progress=False)
