@@ -46,6 +46,7 @@ COLUMNS = {
     "kv_tokens": "KV cache, tokens",
     "gpu_ms": "GPU-ms/token, batch 1",
     "gpu_ms_64": "GPU-ms/token, batch 64",
+    "startup": "ready after, s",
 }
 
 
