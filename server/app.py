@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
 from vllm.logger import init_logger
 from vllm.third_party import pynvml
+from vllm.utils.gc_utils import freeze_gc_heap
 
 from sliceserve.server import vllm_compat
 from sliceserve.server.auth import KeyRing
@@ -180,10 +181,13 @@ async def serve(
             cleanup.callback(engine.shutdown, timeout=0)
             # As the engine's processes do: vLLM reads variables some 70 times a request.
             vllm.envs.enable_envs_cache()
-            gc.set_threshold(*GARBAGE_AFTER)
             lifecycle.enter(Phase.STARTING, "opening the routes")
             await engine.reset_mm_cache()
             app = await create_app(engine, args, summary, live)
+            # As the engine's processes do: a look through all that a start leaves stops every
+            # answer for some tenths of a second.
+            freeze_gc_heap()
+            gc.set_threshold(*GARBAGE_AFTER)
         if traces := bool(args.otlp_traces_endpoint):
             from sliceserve.server.tracing import end_traces  # needs what vLLM needs for traces
 

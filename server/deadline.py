@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sliceserve.server.responses import error_response, shared_answer, unavailable
+from sliceserve.server.streams import AGAIN_S, has_left, leaving
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,10 +22,17 @@ class _Limit:
     """The time of one request: what waits for its client is cancelled when it is up.
 
     `asyncio.timeout` around each wait would set a timer each, some four a request.
+
+    Attributes:
+        up: whether it is.
+        expired: whether it was before the answer's end, of which no more is let through.
+        over: whether the application has ended.
+
     """
 
-    def __init__(self) -> None:
-        self.up = False
+    def __init__(self, answer: Answer, left: asyncio.Future[bool] | None) -> None:
+        self.up = self.expired = self.over = False
+        self._answer, self._left = answer, left
         self._waiting: set[asyncio.Task[object]] = set()
 
     def end(self) -> None:
@@ -32,9 +41,33 @@ class _Limit:
             self.up = True
             for task in self._waiting:
                 task.cancel()
+            self._end_stream()
 
-    async def next(self, receive: Receive) -> Message | None:
-        """Return what comes from the client; None once the time is up."""
+    def _end_stream(self) -> None:
+        """End what does not wait for its client, because the server says when it leaves."""
+        if self._left is None or self.over or self._answer.ended:
+            return
+        if self._answer.begun:
+            self._cut()
+            has_left(self._left, itself=False)
+        else:
+            # It may be about to begin.
+            asyncio.get_running_loop().call_later(AGAIN_S, self._end_stream)
+
+    def _cut(self) -> None:
+        if not self._answer.ended:
+            self.expired = True
+            self._answer.cut()
+
+    async def receive(self, receive: Receive) -> Message:
+        """Return what comes from the client; once the time is up, that it has left."""
+        message = await self._next(receive)
+        if message is not None:
+            return message
+        self._cut()
+        return {"type": "http.disconnect"}
+
+    async def _next(self, receive: Receive) -> Message | None:
         task = asyncio.current_task()
         if self.up or task is None:
             return None
@@ -79,29 +112,18 @@ class Deadline:
             await self.app(scope, receive, send)
             return
         answer = shared_answer(scope, send)
-        limit = _Limit()
-        expired = False
-
-        async def limited_receive() -> Message:
-            nonlocal expired
-            message = await limit.next(receive)
-            if message is not None:
-                return message
-            expired = not answer.ended
-            if expired:
-                answer.cut()
-            return {"type": "http.disconnect"}
-
+        limit = _Limit(answer, leaving(scope))
         # Not at once: the application does not expect a client that leaves before its request.
         seconds = 0 if self._cut else self._seconds
         timer = asyncio.get_running_loop().call_later(seconds, limit.end)
         self._running.add(limit)
         try:
-            await self.app(scope, limited_receive, answer.send)
+            await self.app(scope, partial(limit.receive, receive), answer.send)
         finally:
+            limit.over = True
             self._running.discard(limit)
             timer.cancel()
-        if not expired:
+        if not limit.expired:
             return
         # A client that reads nothing must not keep the request's place.
         with suppress(TimeoutError):

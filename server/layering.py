@@ -23,6 +23,7 @@ from sliceserve.server.queued import QueueLimit
 from sliceserve.server.responses import unavailable
 from sliceserve.server.sockets import SocketDeadline
 from sliceserve.server.status_page import PAGE, StatusPage
+from sliceserve.server.streams import Streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -90,7 +91,10 @@ def while_serving(
     """
     queue = engine.queue
     limited = app if queue is None else QueueLimit(app, queue)
-    deadline = _bounded(limited, settings, None if max_logprobs == -1 else max_logprobs)
+    # A stream that is cancelled would not be counted down.
+    counted = getattr(app.state, "enable_server_load_tracking", False)
+    streaming = limited if counted else Streams(limited)
+    deadline = _bounded(streaming, settings, None if max_logprobs == -1 else max_logprobs)
     sockets = SocketDeadline(deadline, settings.request_timeout)
     admission = Admission(sockets, _limits(settings))
 

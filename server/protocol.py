@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from sliceserve.server.responses import error_response
+from sliceserve.server.streams import has_left, leaving, share_leaving
 
 if TYPE_CHECKING:
     from uvicorn.config import Config
@@ -32,7 +38,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     A refusal is an OpenAI error object. It ends the connection, after the answers to requests that
     came before it. The configuration's `refused_head`, if it has one, is told the status of each
-    refusal of what has not become a request.
+    refusal of what has not become a request. Each request's scope says when its client has left
+    (`server.streams`), of one whose answer waits for another's too.
     """
 
     def __init__(self, config: Config, *args: Any, **kwargs: Any) -> None:
@@ -45,6 +52,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._size = 0
         self._in_body = False
         self._over = False
+        # Of requests that are not answered yet, the oldest first; uvicorn keeps the newest.
+        self._unanswered: deque[RequestResponseCycle] = deque()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Give the first head its time."""
@@ -52,9 +61,15 @@ class BoundedProtocol(HttpToolsProtocol):
         self._clock = self.loop.call_later(HEAD_S, self._on_time)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Leave no timer behind."""
+        """Leave no timer behind, and tell the requests."""
         self._stop_clock()
         super().connection_lost(exc)
+        for cycle in self._unanswered:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            if (left := leaving(cycle.scope)) is not None:
+                has_left(left, itself=True)
+        self._unanswered.clear()
         # uvicorn leaves this one if the client broke the connection off, and with it the request,
         # for as long as idle connections are kept.
         self._unset_keepalive_if_required()
@@ -84,7 +99,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if size > self._most_bytes or len(self.headers) > self._most_headers:
             self._refuse_size()
             raise httptools.HttpParserError
+        share_leaving(self.scope, self.loop.create_future())
+        before = self.cycle
         super().on_headers_complete()
+        if self.cycle is not before:  # it is no WebSocket
+            self._unanswered.append(self.cycle)
         self._size, self._in_body = 0, True
 
     def on_body(self, body: bytes) -> None:
@@ -97,6 +116,15 @@ class BoundedProtocol(HttpToolsProtocol):
         self._size, self._in_body = 0, False
         self._stop_clock()
         super().on_message_complete()
+        if not self.pipeline:
+            # Of a connection that is not read, nobody would know that its client has left.
+            self.flow.resume_reading()
+
+    def on_response_complete(self) -> None:
+        """Tell a request that is answered no more."""
+        if self._unanswered:
+            self._unanswered.popleft()
+        super().on_response_complete()
 
     def handle_websocket_upgrade(self) -> None:
         """Leave the connection to the other protocol."""

@@ -136,13 +136,17 @@ Play = Callable[[Scenario], None]
 
 
 @contextmanager
-def playing(loop: str, caplog: pytest.LogCaptureFixture) -> Iterator[Play]:
+def playing(
+    loop: str,
+    caplog: pytest.LogCaptureFixture,
+    layered: Callable[[Application], Any] = lambda app: app,
+) -> Iterator[Play]:
     """What runs a scenario against a server with small bounds, on a kind of loops that we use."""
 
     async def serve(scenario: Scenario) -> None:
         app = Application()
         config = uvicorn.Config(
-            app, http=BoundedProtocol, port=0, lifespan="off", log_config=None,
+            layered(app), http=BoundedProtocol, port=0, lifespan="off", log_config=None,
             h11_max_incomplete_event_size=BYTES, timeout_keep_alive=PATIENCE_S,
         )  # fmt: skip
         config.h11_max_header_count = HEADERS  # type: ignore[attr-defined]
