@@ -195,7 +195,8 @@ async def serve(
         probe = EngineProbe(engine.answer, settings.probe_timeout)
         serving, drain = while_serving(
             app, engine, probe, access, settings, lifecycle, metrics, log,
-            max_logprobs=vllm_config.model_config.max_logprobs, traces=traces,
+            max_logprobs=vllm_config.model_config.max_logprobs,
+            vocabulary=vllm_config.model_config.get_vocab_size(), traces=traces,
         )  # fmt: skip
         listener = make_listener(
             serving, args, metrics.count_refused_head, ws_max_size=settings.max_body_size

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from sliceserve.server.forms import FORMS, excess_of_form
 
 STOP_CHARACTERS = 1024  # of one stop string: the API process looks for it after every token
-EXPRESSION_CHARACTERS = 16384  # of a request: the API process compiles them before anything else
+INTEGER_BITS = 63  # beside the sign
+BAD_WORDS = 1000  # each is made into tokens twice, in the API process
 
-# Where a request of one of the APIs that vLLM serves has strings or tokens that end an answer, what
-# the answer has to look like, regular expressions therein, and how many tokens it wants at most.
+# Where a request of one of the APIs that vLLM serves has strings or tokens that end an answer or
+# must not be in it, and how many tokens it wants at most.
 _STOPS = ("stop", "stop_sequences", "stop_token_ids")
-_FORMS = ("response_format", "structured_outputs", "tools", "text", "output_config")
-_EXPRESSIONS = ("pattern", "regex")
-_AS_TEXT = ("json", "structural_tag")
+_LISTS = (*_STOPS, "bad_words")
+_TOKENS = ("stop_token_ids",)
 _OUTPUT_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
 _ALL = -1  # of the vocabulary
+_TRUTHS = frozenset({"1", "on", "t", "true", "y", "yes"})  # as pydantic reads them
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,7 @@ class Bounds:
         output_tokens: tokens of one completion.
         stops: strings, or tokens, that end it.
         logprobs: of one token. vLLM has the same bound, which streams meet after their 200.
+        vocabulary: of the model, in tokens.
 
     """
 
@@ -40,6 +39,7 @@ class Bounds:
     output_tokens: int | None
     stops: int
     logprobs: int | None = None
+    vocabulary: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ def find_excess(given: dict[str, Any], bounds: Bounds) -> Excess | None:
     Values of a wrong type are left to vLLM, which refuses them; those that it would convert, such
     as the text "100", count as what it makes of them.
     """
+    if _is_true(given.get("background")):
+        return Excess(
+            "background", "Responses in the background are not served: nothing would bound them."
+        )
     several, prompts = _prompts(given)
     for asked in (given, given.get("sampling_params")):
         if not isinstance(asked, dict):
@@ -66,59 +70,54 @@ def find_excess(given: dict[str, Any], bounds: Bounds) -> Excess | None:
                 "n" if prompts == 1 else several,
                 f"The request asks for {sequences} sequences, and {bounds.sequences} are allowed.",
             )
-        for name in filter(asked.__contains__, _OUTPUT_TOKENS):
-            tokens = _number(asked[name])
-            if bounds.output_tokens is not None and tokens > bounds.output_tokens:
-                return Excess(
-                    name, f"{name} is {tokens}, and {bounds.output_tokens} tokens are allowed."
-                )
-        for name in filter(asked.__contains__, _LOGPROBS):
-            # In chat completions the other of the two has the number.
-            number = 0 if isinstance(asked[name], bool) else _number(asked[name])
-            if bounds.logprobs is not None and (number > bounds.logprobs or number == _ALL):
-                return Excess(
-                    name, f"{name} is {number}, and {bounds.logprobs} logprobs are allowed."
-                )
-        for name in filter(asked.__contains__, _STOPS):
-            stops = asked.get(name)
-            if isinstance(stops, list) and len(stops) > bounds.stops:
-                return Excess(
-                    name, f"{name} has {len(stops)} entries, and {bounds.stops} are allowed."
-                )
-            texts = stops if isinstance(stops, list) else [stops]
-            longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
-            if longest > STOP_CHARACTERS:
-                return Excess(
-                    name,
-                    f"A stop string has {longest} characters, and {STOP_CHARACTERS} are allowed.",
-                )
-        for name in filter(asked.__contains__, _FORMS):
-            characters = sum(map(len, _expressions(asked.get(name))))
-            if characters > EXPRESSION_CHARACTERS:
-                return Excess(
-                    name,
-                    f"The regular expressions of {name} have {characters} characters, "
-                    f"and {EXPRESSION_CHARACTERS} are allowed.",
-                )
+        if (excess := _excess_of_one(asked, bounds, inner=asked is not given)) is not None:
+            return excess
     return None
 
 
-def _expressions(form: Any) -> Iterator[str]:
-    """Yield the regular expressions of what an answer has to look like."""
-    pending = [form]
-    while pending:
-        found = pending.pop()
-        if isinstance(found, dict):
-            pending += found.values()
-            # Of properties that match one, the names are expressions.
-            if isinstance(names := found.get("patternProperties"), dict):
-                yield from names
-            yield from (found[key] for key in _EXPRESSIONS if isinstance(found.get(key), str))
-            for text in (found[key] for key in _AS_TEXT if isinstance(found.get(key), str)):
-                with suppress(ValueError, RecursionError):
-                    pending.append(json.loads(text))
-        elif isinstance(found, list):
-            pending += found
+def _excess_of_one(asked: dict[str, Any], bounds: Bounds, *, inner: bool) -> Excess | None:
+    """Return what is asked too much of each sequence; `inner` are vLLM's own parameters."""
+    for name, value in asked.items():
+        # What vLLM sends to its engine has no room for these.
+        if isinstance(value, int) and value.bit_length() > INTEGER_BITS:
+            return Excess(name, f"{name} is no number of {INTEGER_BITS + 1} bits.")
+    for name in filter(asked.__contains__, _OUTPUT_TOKENS):
+        # There null is no default, but all of the context.
+        tokens = 10**9 if inner and asked[name] is None else _number(asked[name])
+        if bounds.output_tokens is not None and tokens > bounds.output_tokens:
+            return Excess(
+                name, f"{name} is {asked[name]}, and {bounds.output_tokens} tokens are allowed."
+            )
+    for name in filter(asked.__contains__, _LOGPROBS):
+        # In chat completions the other of the two has the number.
+        number = 0 if isinstance(asked[name], bool) else _number(asked[name])
+        if bounds.logprobs is not None and (number > bounds.logprobs or number == _ALL):
+            return Excess(name, f"{name} is {number}, and {bounds.logprobs} logprobs are allowed.")
+    for name in filter(asked.__contains__, _LISTS):
+        if (message := _excess_of_list(name, asked[name], bounds)) is not None:
+            return Excess(name, message)
+    for name in filter(asked.__contains__, FORMS):
+        if (message := excess_of_form(name, asked[name])) is not None:
+            return Excess(name, message)
+    return None
+
+
+def _excess_of_list(name: str, value: Any, bounds: Bounds) -> str | None:
+    """Return a sentence on words or tokens that end an answer, or must not be in it."""
+    entries = value if isinstance(value, list) else [value]
+    if len(entries) > (allowed := bounds.stops if name in _STOPS else BAD_WORDS):
+        return f"{name} has {len(entries)} entries, and {allowed} are allowed."
+    longest = max((len(text) for text in entries if isinstance(text, str)), default=0)
+    if longest > STOP_CHARACTERS:
+        return f"An entry of {name} has {longest} characters, and {STOP_CHARACTERS} are allowed."
+    if not all(_is_utf8(text) for text in entries if isinstance(text, str)):
+        return f"An entry of {name} is no text: it has half of a surrogate pair."
+    if name in _TOKENS and bounds.vocabulary is not None:
+        # vLLM 0.24 gives them to its sampler unseen, which ends the engine.
+        strange = [token for token in map(_number, entries) if not 0 <= token < bounds.vocabulary]
+        if strange:
+            return f"{name} has {strange[0]}, and the model has {bounds.vocabulary} tokens."
+    return None
 
 
 def _prompts(given: dict[str, Any]) -> tuple[str, int]:
@@ -142,3 +141,16 @@ def _number(value: Any) -> int:
         return int(float(value)) if isinstance(value, float | str) else 0
     except (ValueError, OverflowError):
         return 0
+
+
+def _is_true(value: Any) -> bool:
+    """Whether vLLM would take a value for true."""
+    return value.lower() in _TRUTHS if isinstance(value, str) else value == 1
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

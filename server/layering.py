@@ -72,6 +72,7 @@ def while_serving(
     log: Callable[[Exchange], None],
     *,
     max_logprobs: int,
+    vocabulary: int,
     traces: bool,
 ) -> tuple[ASGIApp, Drain]:
     """Return vLLM's application behind all layers, and the one of them that counts what runs.
@@ -86,6 +87,7 @@ def while_serving(
         metrics: shown by the application's `/metrics`.
         log: takes every request that is over.
         max_logprobs: of one token; -1 is no bound, as in vLLM.
+        vocabulary: of the model, in tokens.
         traces: whether every request gets a span.
 
     """
@@ -94,7 +96,9 @@ def while_serving(
     # A stream that is cancelled would not be counted down.
     counted = getattr(app.state, "enable_server_load_tracking", False)
     streaming = limited if counted else Streams(limited)
-    deadline = _bounded(streaming, settings, None if max_logprobs == -1 else max_logprobs)
+    deadline = _bounded(
+        streaming, settings, None if max_logprobs == -1 else max_logprobs, vocabulary
+    )
     sockets = SocketDeadline(deadline, settings.request_timeout)
     admission = Admission(sockets, _limits(settings))
 
@@ -152,10 +156,12 @@ async def still_starting(scope: Scope, receive: Receive, send: Send) -> None:
     await unavailable("The model is still loading; try again.")(scope, receive, send)
 
 
-def _bounded(app: ASGIApp, settings: ServerSettings, logprobs: int | None) -> Deadline:
+def _bounded(
+    app: ASGIApp, settings: ServerSettings, logprobs: int | None, vocabulary: int
+) -> Deadline:
     """Return the application with bounds on what one request asks and how long it takes."""
     bounds = Bounds(
-        settings.max_sequences, settings.max_output_tokens, settings.max_stops, logprobs
+        settings.max_sequences, settings.max_output_tokens, settings.max_stops, logprobs, vocabulary
     )
     faults = Faults(Arguments(app, bounds), vllm_compat.READING)
     return Deadline(faults, settings.request_timeout)

@@ -8,9 +8,11 @@ def register() -> None:
     from vllm import ModelRegistry
 
     from sliceserve.server.failure import tell_failures
+    from sliceserve.server.grammars import guard_grammars
     from sliceserve.slicing.config import CAUSAL_LM, register_config
 
     tell_failures(logging.getLogger("vllm"))
+    guard_grammars()
     register_config()
     # By name and not by class: vLLM then imports the model only where it runs it.
     ModelRegistry.register_model(CAUSAL_LM, f"sliceserve.server.models:{CAUSAL_LM}")

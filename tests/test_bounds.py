@@ -14,13 +14,20 @@ from starlette.websockets import WebSocket
 
 from sliceserve.server.arguments import Arguments
 from sliceserve.server.auth import Auth, KeyRing
-from sliceserve.server.bounds import EXPRESSION_CHARACTERS, STOP_CHARACTERS, Bounds, find_excess
+from sliceserve.server.bounds import BAD_WORDS, STOP_CHARACTERS, Bounds, find_excess
 from sliceserve.server.exchange import Exchange, Refusal, Watch
+from sliceserve.server.forms import (
+    EXPRESSION_CHARACTERS,
+    FORM_CHARACTERS,
+    PROPERTIES,
+    TOOLS_CHARACTERS,
+)
 from sliceserve.server.per_key import KeyLimits, PerKey
 
-BOUNDS = Bounds(sequences=6, output_tokens=100, stops=2, logprobs=5)
+BOUNDS = Bounds(sequences=6, output_tokens=100, stops=2, logprobs=5, vocabulary=257)
 HALF = {"type": "string", "pattern": "x" * (EXPRESSION_CHARACTERS // 2)}
 FITTING = {"type": "object", "properties": {"a": HALF, "b": HALF}}
+NAMES = [str(number) for number in range(PROPERTIES + 1)]
 LONG = {"type": "object", "properties": {"a": HALF, "b": HALF, "c": {"pattern": "x"}}}
 
 
@@ -75,6 +82,31 @@ LONG = {"type": "object", "properties": {"a": HALF, "b": HALF, "c": {"pattern": 
         ({"structured_outputs": {"json": "{"}}, None),
         ({"response_format": {"patternProperties": {"x" * 20_000: {}}}}, "response_format"),
         ({"tools": [{"function": {"parameters": {"properties": {"pattern": {}}}}}]}, None),
+        ({"stop_token_ids": [0, 256]}, None),
+        ({"stop_token_ids": [257]}, "stop_token_ids"),
+        ({"stop_token_ids": ["1000000"]}, "stop_token_ids"),
+        ({"sampling_params": {"stop_token_ids": [-1]}}, "stop_token_ids"),
+        ({"bad_words": ["a"] * BAD_WORDS}, None),
+        ({"bad_words": ["a"] * (BAD_WORDS + 1)}, "bad_words"),
+        ({"sampling_params": {"bad_words": ["a" * (STOP_CHARACTERS + 1)]}}, "bad_words"),
+        ({"sampling_params": {"max_tokens": None}}, "max_tokens"),
+        ({"top_k": 2**63 - 1}, None),
+        ({"top_k": -(2**70)}, "top_k"),
+        ({"stop": "\ud800"}, "stop"),
+        ({"bad_words": ["a", "\udfff"]}, "bad_words"),
+        ({"stop": "\U0001f600"}, None),
+        ({"background": False, "store": "false"}, None),
+        ({"background": True, "store": "false"}, "background"),
+        ({"background": "Yes"}, "background"),
+        ({"background": 1}, "background"),
+        ({"structured_outputs": {"choice": ["four"] * (FORM_CHARACTERS // 5)}}, None),
+        ({"structured_outputs": {"choice": ["four"] * FORM_CHARACTERS}}, "structured_outputs"),
+        ({"structured_outputs": {"grammar": "x" * FORM_CHARACTERS + "x"}}, "structured_outputs"),
+        ({"text": {"format": {"schema": {"enum": [1] * (FORM_CHARACTERS + 1)}}}}, "text"),
+        ({"tools": [{"function": {"description": "x" * FORM_CHARACTERS}}]}, None),
+        ({"tools": [{"function": {"description": "x" * TOOLS_CHARACTERS}}]}, "tools"),
+        ({"response_format": {"properties": dict.fromkeys(NAMES[:-1], True)}}, None),
+        ({"response_format": {"properties": dict.fromkeys(NAMES, True)}}, "response_format"),
     ],
 )
 def test_what_asks_too_much_is_named(given: dict[str, Any], argument: str | None) -> None:

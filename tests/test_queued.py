@@ -263,6 +263,7 @@ def test_a_full_queue_makes_the_server_unready(limit: int | None, status: int) -
         ServerMetrics(registry, "m"),
         lambda _exchange: None,
         max_logprobs=20,
+        vocabulary=257,
         traces=False,
     )
 

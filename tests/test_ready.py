@@ -63,7 +63,7 @@ def test_it_is_1_exactly_while_the_route_answers_200() -> None:
         access = Access(KeyRing(), frozenset(), {})
         app, _ = while_serving(
             application, stand_in, probe, access, settings, lifecycle, metrics,
-            lambda _exchange: None, max_logprobs=20, traces=False,
+            lambda _exchange: None, max_logprobs=20, vocabulary=257, traces=False,
         )  # fmt: skip
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
