@@ -13,6 +13,7 @@ import uvicorn
 import vllm.envs
 
 from sliceserve.server import vllm_compat
+from sliceserve.server.logs import hide_queries, websocket_protocol
 from sliceserve.server.protocol import BoundedProtocol
 from sliceserve.slicing.errors import UserError, reading
 
@@ -122,6 +123,7 @@ def make_listener(
         app,
         interface="asgi3",  # uvicorn takes what is no coroutine function for an older one
         http=BoundedProtocol,
+        ws=websocket_protocol(),
         host=args.host,
         port=args.port,
         log_level=args.uvicorn_log_level,
@@ -140,6 +142,7 @@ def make_listener(
     config.h11_max_header_count = args.h11_max_header_count  # type: ignore[attr-defined]
     config.refused_head = refused_head  # type: ignore[attr-defined]
     config.load()
+    hide_queries()
     return Listener(config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -10,15 +11,18 @@ from pydantic import SecretStr
 
 # In vLLM's options, and in what it passes on to loaders and connectors, of which it knows nothing.
 # Numbers of tokens are none.
-_SECRET = re.compile(
-    r"(token|(key|secret|password|passwd|passphrase|credential|authorization)s?)$", re.IGNORECASE
-)
+_NAMES = r"token|auth|(?:key|secret|password|passwd|passphrase|credential|authorization)s?"
+_SECRET = re.compile(rf"(?:{_NAMES})$", re.IGNORECASE)
 _USER_OF_URL = re.compile(r"(?<=://)[^/?#\s]*(?=@)")
+# As clouds sign them, too.
+_IN_QUERY = re.compile(rf"([?&][^=?&#\s]*(?:{_NAMES}|sig|signature)=)[^&#\s'\"]+", re.IGNORECASE)
+# By these vLLM 0.24 to 0.32 tells its options, and its engine's process what became of them.
+_LOGGERS = ("vllm.entrypoints.serve.utils.api_utils", "vllm.v1.engine.core")
 MASK = str(SecretStr("secret"))
 
 
 def masked(value: Any, name: str = "") -> Any:
-    """Return a value as JSON can hold it, without what its names or a URL's user say is secret.
+    """Return a value as JSON can hold it, without what names in it or a URL's user are secret by.
 
     Args:
         value: of an option; dataclasses become objects of their fields.
@@ -34,4 +38,26 @@ def masked(value: Any, name: str = "") -> Any:
         return {key: masked(one, str(key)) for key, one in value.items()}
     if isinstance(value, list | tuple | set):
         return [masked(one) for one in value]
-    return _USER_OF_URL.sub(MASK, value) if isinstance(value, str) else value
+    return _without_secrets(value) if isinstance(value, str) else value
+
+
+def mask_logs() -> None:
+    """Have vLLM's lines that show its options mask them as `masked` does, in this process.
+
+    Safe to call more than once.
+    """
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(_mask)
+
+
+def _mask(record: logging.LogRecord) -> bool:
+    if isinstance(record.args, dict):
+        record.args = masked(record.args)
+    text = record.getMessage()
+    if (shown := _without_secrets(text)) != text:
+        record.msg, record.args = shown, ()
+    return True
+
+
+def _without_secrets(text: str) -> str:
+    return _IN_QUERY.sub(rf"\1{MASK}", _USER_OF_URL.sub(MASK, text))

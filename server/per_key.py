@@ -8,10 +8,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from limits import RateLimitItemPerMinute
-from limits.storage import MemoryStorage
-from limits.strategies import FixedWindowRateLimiter
-
 from sliceserve.server.admission import FREE_METHODS, RETRY_AFTER_S
 from sliceserve.server.exchange import Refusal, exchange_of, key_of, note_refusal, take_usage
 from sliceserve.server.responses import error_response
@@ -37,6 +33,34 @@ class KeyLimits:
 
 
 NO_LIMITS = KeyLimits(None, None, None)
+_MINUTE_S = 60.0
+
+
+class _Minutes:
+    """What each key takes of one thing, in a minute that begins with the first of it.
+
+    Attributes:
+        most: that a key may take in a minute.
+
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        # By key, when its minute ends, in seconds of a clock that nobody sets, and what it took.
+        self._minutes: dict[str, tuple[float, int]] = {}
+
+    def take(self, key: str, cost: int) -> None:
+        """Count what a key takes, over its limit too."""
+        now = time.monotonic()
+        end, taken = self._minutes.get(key, (now, 0))
+        if now >= end:
+            end, taken = now + _MINUTE_S, 0
+        self._minutes[key] = end, taken + cost
+
+    def wait(self, key: str) -> int:
+        """Return the whole seconds until the key may take more; 0 if it may now."""
+        end, taken = self._minutes.get(key, (0.0, 0))
+        return 0 if taken < self.most else max(0, math.ceil(end - time.monotonic()))
 
 
 class PerKey:
@@ -49,14 +73,12 @@ class PerKey:
     def __init__(self, app: ASGIApp, limits: KeyLimits) -> None:
         self.app, self._limits = app, limits
         self._running: Counter[str] = Counter()
-        self._windows = FixedWindowRateLimiter(MemoryStorage())
+        amounts = {
+            Refusal.KEY_REQUESTS: limits.requests_per_minute,
+            Refusal.KEY_TOKENS: limits.tokens_per_minute,
+        }
         self._rates = {
-            reason: RateLimitItemPerMinute(amount, namespace=reason)
-            for reason, amount in (
-                (Refusal.KEY_REQUESTS, limits.requests_per_minute),
-                (Refusal.KEY_TOKENS, limits.tokens_per_minute),
-            )
-            if amount is not None
+            reason: _Minutes(amount) for reason, amount in amounts.items() if amount is not None
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,7 +108,7 @@ class PerKey:
 
     def _count(self, rate: Refusal, key: str, cost: int) -> None:
         if rate in self._rates and cost:
-            self._windows.hit(self._rates[rate], key, cost=cost)
+            self._rates[rate].take(key, cost)
 
     def _refusal(self, key: str) -> tuple[Refusal, str, int] | None:
         """Return why the key's next request is refused, a sentence, and the seconds to wait."""
@@ -95,10 +117,8 @@ class PerKey:
             text = f"The key has {most} requests at work, as many as it may; try again."
             return Refusal.KEY_FULL, text, RETRY_AFTER_S
         for reason, rate in self._rates.items():
-            if not self._windows.test(rate, key):
-                reset = self._windows.get_window_stats(rate, key).reset_time
-                wait = max(1, math.ceil(reset - time.time()))
+            if wait := rate.wait(key):
                 what = "requests" if reason is Refusal.KEY_REQUESTS else "tokens"
-                text = f"The key may take {rate.amount} {what} a minute; try again in {wait} s."
+                text = f"The key may take {rate.most} {what} a minute; try again in {wait} s."
                 return reason, text, wait
         return None

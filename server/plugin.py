@@ -9,8 +9,10 @@ def register() -> None:
 
     from sliceserve.server.failure import tell_failures
     from sliceserve.server.grammars import guard_grammars
+    from sliceserve.server.masking import mask_logs
     from sliceserve.slicing.config import CAUSAL_LM, register_config
 
+    mask_logs()
     tell_failures(logging.getLogger("vllm"))
     guard_grammars()
     register_config()

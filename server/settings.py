@@ -198,7 +198,8 @@ def take_settings(flags_and_file: argparse.Namespace, flags: argparse.Namespace)
     if key := os.environ.pop("VLLM_API_KEY", None):
         from_file.setdefault("api_key", key)
     from_environment = EnvSettingsSource(ServerSettings)()
-    os.environ.pop(f"{ENV_PREFIX}API_KEY", None)
+    for name in [name for name in os.environ if name.upper() == f"{ENV_PREFIX}API_KEY"]:
+        del os.environ[name]
     for name in ServerSettings.model_fields:
         if hasattr(flags_and_file, name):
             delattr(flags_and_file, name)

@@ -34,6 +34,7 @@ class SpeedOptions:
         pipeline_parallel_size: GPUs, or groups of them, that take turns.
         gpu_memory_utilization: share of a GPU's memory for vLLM; None takes vLLM's.
         enforce_eager: without compilation and CUDA graphs.
+        quantization: what vLLM makes of the weights while it loads, by its name; None leaves them.
         revision: of the one model that is on the hub; None takes its main branch.
 
     """
@@ -48,6 +49,7 @@ class SpeedOptions:
     pipeline_parallel_size: int = 1
     gpu_memory_utilization: float | None = None
     enforce_eager: bool = False
+    quantization: str | None = None
     revision: str | None = None
 
 
@@ -60,6 +62,7 @@ class BatchSpeed:
         ttft: seconds until all of them have their first token.
         itl: seconds between tokens after it.
         output_throughput: tokens generated a second, prompts' time included.
+        prompt_throughput: tokens of prompts a second, until all have their first token.
 
     """
 
@@ -67,6 +70,7 @@ class BatchSpeed:
     ttft: float
     itl: float
     output_throughput: float
+    prompt_throughput: float
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,7 @@ def _engine(model: str, location: Location, options: SpeedOptions) -> Any:
             tensor_parallel_size=options.tensor_parallel_size,
             pipeline_parallel_size=options.pipeline_parallel_size,
             enforce_eager=options.enforce_eager,
+            quantization=options.quantization,
             max_model_len=options.input_len + options.output_len,
             max_num_seqs=max(options.batch_size),
             skip_tokenizer_init=True,
@@ -239,7 +244,8 @@ def _run_batches(engine: Any, vocabulary: int, options: SpeedOptions) -> tuple[B
         ttft = min(run(1) for _ in range(options.repeats))
         whole = min(run(options.output_len) for _ in range(options.repeats))
         itl = (whole - ttft) / (options.output_len - 1)
-        batches.append(BatchSpeed(size, ttft, itl, size * options.output_len / whole))
+        tokens, prompts = size * options.output_len, size * options.input_len
+        batches.append(BatchSpeed(size, ttft, itl, tokens / whole, prompts / ttft))
     return tuple(batches)
 
 
@@ -290,6 +296,7 @@ def describe_speed(found: dict[str, Speed], options: SpeedOptions) -> str:
             (f"batch {size}: TTFT, ms", [batch.ttft * 1e3 for batch in batches], ",.2f"),
             (f"batch {size}: ITL, ms", [batch.itl * 1e3 for batch in batches], ",.2f"),
             (f"batch {size}: tokens/s", [batch.output_throughput for batch in batches], ",.1f"),
+            (f"batch {size}: prompt tokens/s", [one.prompt_throughput for one in batches], ",.0f"),
         ]
     header = ["", names[0], *(cell for name in names[1:] for cell in (name, "ratio"))]
     lines = [header]

@@ -16,6 +16,8 @@ from http import HTTPStatus
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from sliceserve.server.masking import mask_logs
+
 if TYPE_CHECKING:
     import argparse
     import socket
@@ -111,7 +113,11 @@ def validate_serve_args(args: argparse.Namespace) -> None:
 
 
 def setup_server(args: argparse.Namespace) -> tuple[str, socket.socket]:
-    """Check the front end's options and bind its socket; returns the address and the socket."""
+    """Check the front end's options and bind its socket; returns the address and the socket.
+
+    vLLM logs the options meanwhile: secrets in them are masked.
+    """
+    mask_logs()
     function = _load("setup_server")
     # The parameter exists, and is required, only in newer versions.
     options = (

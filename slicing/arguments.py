@@ -249,6 +249,10 @@ def _add_benchmark(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--enforce-eager", action="store_true", help="without compilation and CUDA graphs"
     )
+    parser.add_argument(
+        "--quantization", help="what vLLM makes of the weights while it loads: fp8_per_channel, …"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="HTML page to write, with a plot")
     parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
 
 

@@ -189,17 +189,28 @@ def finetune_command(device: str | None, **options: object) -> int:
 
 
 def benchmark_command(
-    model: str, against: str | None, batch_size: list[int], as_json: bool, **options: object
+    model: str,
+    against: str | None,
+    batch_size: list[int],
+    plot: Path | None,
+    as_json: bool,
+    **options: object,
 ) -> int:
     """Run `sliceserve benchmark`."""
     from sliceserve.server.speed import SpeedOptions, compare_speed, describe_speed
     from sliceserve.slicing.source import quiet_transformers
 
     quiet_transformers()
+    if plot is not None and plot.is_dir():
+        raise UserError(f"--plot {str(plot)!r} is a directory")
     chosen = SpeedOptions(batch_size=tuple(batch_size), **options)  # type: ignore[arg-type]
     found = compare_speed([model] if against is None else [against, model], chosen)
+    speed = {name: asdict(speed) for name, speed in found.items()}
+    if plot is not None:
+        from sliceserve.slicing.page import write_speeds
+
+        write_speeds(speed, asdict(chosen), plot)
     if as_json:
-        speed = {name: asdict(speed) for name, speed in found.items()}
         print(json.dumps({"speed": speed, "options": asdict(chosen)}, indent=2))
     else:
         print(describe_speed(found, chosen))

@@ -50,15 +50,9 @@ def write_report(directory: Path, results: Sequence[Path], output: Path) -> None
     """
     summary = read_checkpoint_summary(directory)
     config = read_sliced_config(directory)
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     perplexities, evaluations, speeds = read_results(results)
-    page = environment.get_template("report.html.jinja").render(
+    page = _rendered(
+        "report.html.jinja",
         summary=summary,
         options=summary.provenance.get("options", {}),
         hidden_size=config.base().hidden_size,
@@ -75,6 +69,42 @@ def write_report(directory: Path, results: Sequence[Path], output: Path) -> None
         finetuning=finetuning_charts(directory),
         provenance=flatten(summary.provenance),
     )
+    _write(page, output, "--output")
+
+
+def write_speeds(speeds: Mapping[str, Any], options: Mapping[str, Any], output: Path) -> None:
+    """Write a page on what `benchmark` has measured, with a plot.
+
+    Args:
+        speeds: fields of `server.speed.Speed` by model.
+        options: fields of `server.speed.SpeedOptions`.
+        output: the HTML file; replaced if it is there.
+
+    """
+    page = _rendered(
+        "speed.html.jinja",
+        speeds=speeds,
+        speed_charts=speed_charts(speeds),
+        options=options,
+        provenance=flatten(options)
+        + [(f"commit of {name}", one["commit"]) for name, one in speeds.items() if one["commit"]],
+    )
+    _write(page, output, "--plot")
+
+
+def _rendered(template: str, **fields: object) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**fields)
+
+
+def _write(page: str, output: Path, argument: str) -> None:
+    """Write a page whole; raises UserError or MachineError that name the argument."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = output.with_name(f".{output.name}.tmp")
@@ -82,7 +112,7 @@ def write_report(directory: Path, results: Sequence[Path], output: Path) -> None
         temporary.replace(output)
     except OSError as error:
         raise fault(error, MachineError)(
-            f"--output {str(output)!r} cannot be written: {error}"
+            f"{argument} {str(output)!r} cannot be written: {error}"
         ) from error
 
 

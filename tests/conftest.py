@@ -21,6 +21,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from sliceserve.slicing.architectures import find_architecture
+from sliceserve.slicing.config import sliced_config
 from sliceserve.slicing.dense import open_dense_model, write_dense
 from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.source import locate, quiet_transformers
@@ -140,6 +142,19 @@ def save_tiny(directory: Path, config: Any, dtype: torch.dtype) -> Path:
     model.save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
+
+
+def save_sliced(
+    directory: Path,
+    dense: LlamaConfig,
+    widths: list[int],
+    ranks: list[int | None],
+    tied: bool = False,
+) -> Path:
+    """Save a sliced Llama of random weights: of its rotations every direction counts."""
+    architecture = find_architecture("LlamaForCausalLM")
+    config = sliced_config(dense, architecture, widths, ranks, 1, "float32", tied)
+    return save_tiny(directory, config, torch.float32)
 
 
 @pytest.fixture(scope="session")

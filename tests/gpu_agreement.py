@@ -32,6 +32,7 @@ PROMPTS = [[1, 2, 3, 4, 5], list(range(200)), [7, 9, 11] * 20]
 FORMS: dict[str, dict[str, Any]] = {
     "whole": dict(PAPER),
     "low-rank": {"rotation": "low-rank"},
+    "rank-64": {"rotation": "low-rank", "rank": 64},  # of which both of two ranks have a part
     "shared": {"rotation": "shared"},
 }
 QUANTISED = ["fp8", "int8", "w4a16"]  # of the low-rank form

@@ -1,6 +1,7 @@
 """Where a setting comes from, and what is refused."""
 
 import json
+import os
 import re
 import socket
 from pathlib import Path
@@ -79,6 +80,21 @@ def test_keys_are_taken_from_anywhere_and_never_shown(
     captured = capsys.readouterr()
     assert len(json.loads(captured.out)["api-key"]) == 2
     assert "secret" not in captured.out + captured.err
+
+
+def test_keys_leave_the_environment_however_they_are_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What vLLM starts inherits the rest."""
+    names = ("SLICESERVE_API_KEY", "sliceserve_api_key", "SliceServe_Api_Key", "VLLM_API_KEY")
+    for name in names:
+        monkeypatch.setenv(name, "secret")
+    file = "sliceserve_api_key_file"
+    monkeypatch.setenv(file, "keys")
+    _, settings = parse_arguments(make_parser(), ["DIR"])
+    assert [key.get_secret_value() for key in settings.api_key] == ["secret"]
+    assert not os.environ.keys() & set(names)
+    assert (settings.api_key_file, os.environ[file]) == (Path("keys"), "keys")
 
 
 def test_secrets_within_the_options_of_vllm_are_not_shown(

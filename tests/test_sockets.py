@@ -1,7 +1,7 @@
-"""How long a WebSocket may be open, with the layers of the server, a real uvicorn and a client."""
+"""How long a WebSocket may be open, and what is logged of it: our layers, uvicorn and a client."""
 
 import asyncio
-import logging
+import json
 import socket
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
@@ -68,8 +68,8 @@ class Serving:
         self.port, self.drain, self.lifecycle = port, drain, lifecycle
         self.ended = application.ended
 
-    def client(self, path: str) -> connect:
-        return connect(f"ws://127.0.0.1:{self.port}{path}", additional_headers=KEY, proxy=None)
+    def client(self, path: str, headers: dict[str, str] = KEY) -> connect:
+        return connect(f"ws://127.0.0.1:{self.port}{path}", additional_headers=headers, proxy=None)
 
     async def until(self, wanted: Callable[[], bool]) -> None:
         while not wanted():
@@ -89,7 +89,7 @@ def play(scenario: Callable[[Serving], Awaitable[None]], seconds: float) -> None
             application.app, stand_in, EngineProbe(answer, 1),
             Access(KeyRing(["key"]), frozenset(), {}), ServerSettings(request_timeout=seconds),
             lifecycle, ServerMetrics(CollectorRegistry(), "m"), lambda _exchange: None,
-            max_logprobs=20, traces=False,
+            max_logprobs=20, vocabulary=257, traces=False,
         )  # fmt: skip
         args, _ = parse_arguments(make_parser(), ["DIR", "--host", "127.0.0.1"])
         listener = make_listener(app, args, lifespan="off")
@@ -169,7 +169,71 @@ def test_a_drain_waits_for_websockets_and_then_closes_them() -> None:
     play(scenario, PATIENCE_S)
 
 
-def test_a_websocket_that_ends_by_itself_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_neither_keys_in_queries_nor_refusals_as_errors_are_in_the_log(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A browser cannot send a WebSocket's key in a header, and anyone can be refused."""
+
+    async def scenario(serving: Serving) -> None:
+        with pytest.raises(InvalidStatus) as caught:
+            await serving.client("/echo?api_key=guessed", {})
+        refusal = caught.value.response
+        assert refusal.status_code == 401
+        assert json.loads(refusal.body or b"")["error"]["type"] == "AuthenticationError"
+        assert refusal.headers["WWW-Authenticate"].startswith("Bearer")
+        for path, status in (("/nowhere", 403), ("/silent", 408)):
+            with pytest.raises(InvalidStatus) as caught:
+                await serving.client(f"{path}?token=guessed")
+            assert caught.value.response.status_code == status
+        async with serving.client("/echo?key=guessed") as client:
+            assert await end_of(client) == (1008, "The WebSocket was open for 0.5 s.")
+        serving.lifecycle.enter(Phase.DRAINING, "waiting for running requests")
+        with pytest.raises(InvalidStatus) as caught:
+            await serving.client("/%3Fecho?guessed")
+        assert caught.value.response.status_code == 503
+
+    play(scenario, 0.5)
+    lines = capsys.readouterr().err.splitlines()
+    told = [line.partition('"WebSocket ')[2] for line in lines if '"WebSocket ' in line]
+    assert told == [
+        '/echo" 401', '/nowhere" 403', '/silent" 408', '/echo" [accepted]', '/%3Fecho" 503',
+    ]  # fmt: skip
+    assert not [line for line in lines if "guessed" in line or "ERROR" in line]
+
+
+@pytest.mark.parametrize(
+    ("path", "header"), [("/", "Content-Length: 5"), ("/" + "x" * 10_000, "X-Any: 1")]
+)
+def test_an_upgrade_that_cannot_be_read_does_not_hold_its_connection(
+    path: str, header: str
+) -> None:
+    async def scenario(serving: Serving) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", serving.port)
+        upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\nHost: server\r\n"
+        key = "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+        writer.write(f"GET {path} HTTP/1.1\r\n{upgrade}{key}{header}\r\n\r\n".encode())
+        async with asyncio.timeout(PATIENCE_S):
+            said = await reader.read()
+        assert b" 101 " not in said
+        writer.close()
+
+    play(scenario, PATIENCE_S)
+
+
+def test_uvicorns_own_access_log_has_no_queries(capsys: pytest.CaptureFixture[str]) -> None:
+    async def scenario(serving: Serving) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", serving.port)
+        writer.write(b"GET /echo?api_key=guessed HTTP/1.0\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 401 ")
+        writer.close()
+
+    play(scenario, PATIENCE_S)
+    told = capsys.readouterr()
+    assert '"GET /echo HTTP/1.0" 401' in told.out
+    assert "guessed" not in told.out + told.err
+
+
+def test_a_websocket_that_ends_by_itself_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
     async def scenario(serving: Serving) -> None:
         async with serving.client("/echo") as client:
             await client.send("close")
@@ -181,7 +245,9 @@ def test_a_websocket_that_ends_by_itself_is_left_alone(caplog: pytest.LogCapture
         serving.drain.cut()
 
     play(scenario, PATIENCE_S)
-    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+    # uvicorn's lines go past what pytest has of the log.
+    kinds = {line.partition(":")[0] for line in capsys.readouterr().err.splitlines()}
+    assert kinds == {"INFO"}
 
 
 def test_one_that_is_over_when_its_time_is_up_is_told_nothing_more() -> None:

@@ -37,11 +37,18 @@ def run_benchmark(*arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def printed(tiny: Path, tiny_sliced: Path) -> dict[str, Any]:
+def printed(tiny: Path, tiny_sliced: Path, plot: Path) -> dict[str, Any]:
     """What the command prints as JSON, of two models."""
     options = ["--against", str(tiny), "--batch-size", "1", "3", "--json"]
+    options += ["--plot", str(plot)]
     fields: dict[str, Any] = json.loads(run_benchmark(str(tiny_sliced), *options))
     return fields
+
+
+@pytest.fixture(scope="module")
+def plot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the command writes its page."""
+    return tmp_path_factory.mktemp("plot") / "new" / "speed.html"
 
 
 def test_models_are_measured_side_by_side(
@@ -57,6 +64,26 @@ def test_models_are_measured_side_by_side(
         for batch in speed["batches"]:
             seconds = batch["ttft"] + 4 * batch["itl"]
             assert batch["output_throughput"] * seconds == pytest.approx(5 * batch["batch_size"])
+            tokens = 8 * batch["batch_size"]
+            assert batch["prompt_throughput"] * batch["ttft"] == pytest.approx(tokens)
+
+
+def test_the_plot_has_both_models_at_every_batch(printed: dict[str, Any], plot: Path) -> None:
+    page = Page(plot.read_text())
+    for model, speed in printed["speed"].items():
+        shown = [row[1:6] for row in page.rows if row[:1] == [model]]
+        wanted = [(one["output_throughput"], one["prompt_throughput"]) for one in speed["batches"]]
+        assert [row[0] for row in shown] == ["1", "3"]
+        assert [row[3:] for row in shown] == [[f"{a:,.1f}", f"{b:,.0f}"] for a, b in wanted]
+    assert ["input_len", "8"] in page.rows
+    assert plot.read_text().count("<svg") == 2
+
+
+def test_a_plot_that_cannot_be_written_is_named_before_anything_is_measured(
+    tiny_sliced: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["benchmark", str(tiny_sliced), "--plot", str(tmp_path)]) == 2
+    assert f"--plot {str(tmp_path)!r} is a directory" in capsys.readouterr().err
 
 
 def test_the_report_shows_every_batch_and_a_chart(
@@ -84,7 +111,7 @@ def test_the_report_shows_every_batch_and_a_chart(
 
 def test_the_table_has_the_ratio_to_the_first_model() -> None:
     def speed(parameters: int, itl: float) -> Speed:
-        batch = BatchSpeed(4, ttft=0.5, itl=itl, output_throughput=4 / itl)
+        batch = BatchSpeed(4, ttft=0.5, itl=itl, output_throughput=4 / itl, prompt_throughput=8)
         return Speed(parameters, 20.0, 4096, "GPU", "bfloat16", "0.32.0", (batch,))
 
     found = {"/a/dense": speed(1000, 0.1), "/a/sliced": speed(750, 0.08)}

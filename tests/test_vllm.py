@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import OTHER_CONFIGS, save_tiny
+from conftest import OTHER_CONFIGS, save_sliced, save_tiny, tiny_config
 from safetensors.torch import load_file, save_file
 from test_checkpoint import damage_tensors, shard
 from transformers import AutoModelForCausalLM
@@ -29,17 +29,19 @@ def run_vllm(
     tokens: int,
     options: dict[str, Any],
     variants: list[dict[str, Any]] | None = None,
-    apart: bool = False,
     count: bool = False,
+    pieces: bool = False,
+    memory: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Generate with each of some models, in float32 or by options of its own.
 
-    With `apart`, attention on the CPU is made to write rows that lie apart; with `count`, the
-    all-reduces of a step are counted, which shows those that are not compiled.
+    With `count`, the all-reduces of a step are counted, which shows those that are not compiled;
+    with `pieces`, a CPU compiles as a GPU does, its attention writes rows that lie apart, and what
+    was compiled is counted; with `memory`, what is allocated while models are loaded.
     """
     variants = variants or [{"dtype": "float32"}] * len(directories)
     request = {"prompts": prompts, "tokens": tokens, "variants": variants}
-    request |= {"apart": apart, "count": count}
+    request |= {"count": count, "pieces": pieces, "memory": memory}
     return run_script("vllm_generate.py", directories, request, options)
 
 
@@ -54,7 +56,7 @@ def run_script(
         # The engine in the same process: another start of Python and vLLM takes most of the time.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
-    if options.get("tensor_parallel_size") or options.get("pipeline_parallel_size"):
+    if any(f"{kind}_parallel_size" in options for kind in ("tensor", "pipeline", "data")):
         # Two workers share the cores; vLLM's own binding wants a NUMA node for each.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     return subprocess.run(
@@ -72,9 +74,8 @@ def generate_each(
     tokens: int,
     options: dict[str, Any],
     variants: list[dict[str, Any]] | None = None,
-    apart: bool = False,
 ) -> list[list[dict[str, Any]]]:
-    result = run_vllm(directories, prompts, tokens, options, variants, apart)
+    result = run_vllm(directories, prompts, tokens, options, variants)
     return [found["outputs"] for found in read_results(result, len(directories))]
 
 
@@ -126,7 +127,7 @@ def uneven(tiny: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory, uneven: Path) -> dict[str, Path]:
-    """The uneven model, and a sliced tiny model of every other architecture."""
+    """The uneven model, a sliced tiny model of every other architecture, and other forms."""
     directories = {"uneven": uneven}
     for name, config in OTHER_CONFIGS.items():
         work = tmp_path_factory.mktemp(name)
@@ -143,36 +144,66 @@ def others(tmp_path_factory: pytest.TempPathFactory, uneven: Path) -> dict[str, 
         directories[f"{name}-{label}"] = output = directories[name].with_name(label)
         options = SliceOptions(str(dense), output, rank=rank, samples=8, sequence_length=64)
         run_slice(options, show_progress=False)
+    # Each stage of a pipeline begins at a width of its own, and both have the table.
+    widths, ranks = [96, 96, 80, 80, 64, 72, 48], [24, None, 40, None, None, None]
+    directories["differing"] = tmp_path_factory.mktemp("differing") / "sliced"
+    save_sliced(directories["differing"], tiny_config(), widths, ranks, tied=True)
     return directories
 
 
 @pytest.mark.parametrize(
-    ("names", "options", "apart"),
+    ("names", "options"),
     [
         pytest.param(
-            ["uneven", *OTHER_CONFIGS, "llama-tied-low-rank", "opt-low-rank"],
-            EAGER,
-            False,
-            id="eager",
+            ["uneven", *OTHER_CONFIGS, "llama-tied-low-rank", "opt-low-rank"], EAGER, id="eager"
         ),
-        pytest.param(["uneven", "phi", "llama-tied-low-rank"], {}, True, id="compiled-rows-apart"),
         pytest.param(
             # vLLM on a CPU runs no stages without compilation.
-            ["opt", "llama-tied-low-rank"],
+            ["opt", "differing"],
             {"pipeline_parallel_size": 2},
-            False,
             id="pp2-compiled",
         ),
+        pytest.param(["llama-tied-rank-24"], {"tensor_parallel_size": 2}, id="tp2-compiled"),
     ],
 )
 def test_vllm_agrees_for_every_architecture(
-    names: list[str], options: dict[str, Any], apart: bool, others: dict[str, Path]
+    names: list[str], options: dict[str, Any], others: dict[str, Path]
 ) -> None:
     models = [others[name] for name in names]
-    for model, got in zip(
-        models, generate_each(models, PROMPTS, 12, options, apart=apart), strict=True
-    ):
+    for model, got in zip(models, generate_each(models, PROMPTS, 12, options), strict=True):
         check_agreement(model, got)
+
+
+def test_layers_of_equal_width_are_compiled_once(
+    others: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many, as in the dense model: what is before attention, between two and after it."""
+    short, long = (tiny_config(num_hidden_layers=layers) for layers in (2, 6))
+    models = {
+        "dense-6": save_tiny(tmp_path / "dense-6", long, torch.float32),
+        "low-rank-2": save_sliced(tmp_path / "low-rank-2", short, [64] * 5, [8] * 4),
+        "low-rank-6": save_sliced(tmp_path / "low-rank-6", long, [64] * 13, [8] * 12),
+        "uneven": others["uneven"],
+        "phi": others["phi"],
+    }
+    # What earlier runs compiled is not known.
+    monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "0")
+    caches = [{"cache_dir": str(tmp_path / f"{name}-cache")} for name in models]
+    variants = [{"dtype": "float32", "compilation_config": cache} for cache in caches]
+    result = run_vllm(list(models.values()), PROMPTS, 12, {}, variants, pieces=True)
+    compiled = {}
+    for (name, model), found in zip(models.items(), read_results(result, len(models)), strict=True):
+        check_agreement(model, found["outputs"])
+        compiled[name] = found["compiled"]
+        # Room was made beside what attention writes, which is not looked at on a GPU.
+        assert torch.cuda.is_available() or found["apart"] == [name != "dense-6"]
+    assert compiled == {
+        "dense-6": {"pieces": 7, "different": 3},
+        "low-rank-2": {"pieces": 3, "different": 3},
+        "low-rank-6": {"pieces": 7, "different": 3},
+        "uneven": {"pieces": 4, "different": 3},
+        "phi": {"pieces": 4, "different": 3},
+    }
 
 
 def check_agreement(model: Path, got: list[dict[str, Any]]) -> None:
@@ -197,6 +228,41 @@ def test_two_ranks_agree_and_rotations_need_no_all_reduce_of_their_own(
         # Phi's attention and MLP share a sublayer.
         sublayers = (1 if model == others["phi"] else 2) * config["num_hidden_layers"]
         assert result["all_reduces"] == [1 + sublayers] * 2, model
+
+
+def test_two_engines_side_by_side_agree(others: dict[str, Path]) -> None:
+    """Data parallelism: each of the two is asked everything."""
+    model, options = others["llama-tied-low-rank"], EAGER | {"data_parallel_size": 2}
+    got = generate(model, PROMPTS, 12, options)
+    assert len(got) == 2 * len(PROMPTS)
+    for served in (got[: len(PROMPTS)], got[len(PROMPTS) :]):
+        check_agreement(model, served)
+
+
+def split_checkpoint(directory: Path) -> None:
+    """Put each tensor into a file of its own: files are mapped, and not read at once."""
+    tensors, index = load_file(shard(directory)), {}
+    shard(directory).unlink()
+    for number, (name, tensor) in enumerate(tensors.items(), start=1):
+        index[name] = f"model-{number:05d}-of-{len(tensors):05d}.safetensors"
+        save_file({name: tensor}, directory / index[name], metadata={"format": "pt"})
+    file = directory / "model.safetensors.index.json"
+    file.write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def test_loading_takes_no_more_than_the_model_and_two_matrices(tmp_path: Path) -> None:
+    """One that is read, and one that is put where it belongs or packed."""
+    wide = tiny_config(hidden_size=512, intermediate_size=1408, num_hidden_layers=6)
+    models = [
+        save_sliced(tmp_path / "low-rank", wide, [384] * 13, [64] * 12),
+        save_sliced(tmp_path / "whole", wide, [384] * 12 + [512], [None] * 12),
+    ]
+    for model in models:
+        split_checkpoint(model)
+    results = read_results(run_vllm(models, PROMPTS, 1, EAGER, memory=True), len(models))
+    for found in (result["loading"] for result in results):
+        assert found["model"] > 10 * found["largest"]
+        assert found["model"] <= found["peak"] <= found["model"] + 2 * found["largest"]
 
 
 def test_fraction_zero_gives_the_dense_models_tokens(
