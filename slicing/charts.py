@@ -9,6 +9,7 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 420, 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
 POINTS = 240  # of a line at most; more would not show
+DOTS = 12  # lines of so many points at most show each
 TICKS = 5
 
 
@@ -67,7 +68,7 @@ def line_chart(
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" class="end">{text}</text>')
     for tick in x_ticks:
         x, _ = at(tick, y_range[0])
-        if x <= WIDTH - RIGHT:
+        if LEFT <= x <= WIDTH - RIGHT:
             parts.append(
                 f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" class="mid">{tick:g}</text>'
             )
@@ -86,6 +87,13 @@ def line_chart(
             "{:.1f},{:.1f}".format(*at(x, math.log10(y) if log else y)) for x, y in thinned
         )
         parts.append(f'<polyline class="line line-{number}" points="{path}"/>')
+        if len(points) <= DOTS:
+            parts += [
+                '<circle class="dot line-{}" cx="{:.1f}" cy="{:.1f}" r="3"/>'.format(
+                    number, *at(x, math.log10(y) if log else y)
+                )
+                for x, y in points
+            ]
     middle = TOP + (HEIGHT - TOP - BOTTOM) / 2
     parts.append(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" class="mid">'

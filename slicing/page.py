@@ -86,7 +86,7 @@ def write_speeds(speeds: Mapping[str, Any], options: Mapping[str, Any], output: 
         speeds=speeds,
         speed_charts=speed_charts(speeds),
         options=options,
-        provenance=flatten(options)
+        provenance=flatten({name: one for name, one in options.items() if one is not None})
         + [(f"commit of {name}", one["commit"]) for name, one in speeds.items() if one["commit"]],
     )
     _write(page, output, "--plot")
@@ -167,7 +167,10 @@ def evaluation_rows(evaluations: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def speed_charts(speeds: Mapping[str, Any]) -> list[Markup]:
-    """Draw the time of a token, and tokens a second, against the requests at once."""
+    """Draw the time of a token, and tokens a second, against the requests at once.
+
+    The last, of prompts, is left out where an older `benchmark` has not measured it.
+    """
 
     def lines(key: str, scale: float) -> list[Line]:
         return [
@@ -177,12 +180,16 @@ def speed_charts(speeds: Mapping[str, Any]) -> list[Markup]:
 
     if not speeds:
         return []
-    return [
-        line_chart(lines("itl", 1e3), "Milliseconds a token", "requests at once", "ITL, ms"),
-        line_chart(
-            lines("output_throughput", 1), "Tokens a second", "requests at once", "tokens/s"
-        ),
+    x_label = "requests at once"
+    charts = [
+        line_chart(lines("itl", 1e3), "Milliseconds a token", x_label, "ITL, ms"),
+        line_chart(lines("output_throughput", 1), "Tokens a second", x_label, "tokens/s"),
     ]
+    batches = [batch for speed in speeds.values() for batch in speed["batches"]]
+    if all("prompt_throughput" in batch for batch in batches):
+        prompts = lines("prompt_throughput", 1)
+        charts.append(line_chart(prompts, "Tokens of prompts a second", x_label, "tokens/s"))
+    return charts
 
 
 def part_of(name: str, architecture: Architecture) -> str:

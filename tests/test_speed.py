@@ -76,7 +76,7 @@ def test_the_plot_has_both_models_at_every_batch(printed: dict[str, Any], plot: 
         assert [row[0] for row in shown] == ["1", "3"]
         assert [row[3:] for row in shown] == [[f"{a:,.1f}", f"{b:,.0f}"] for a, b in wanted]
     assert ["input_len", "8"] in page.rows
-    assert plot.read_text().count("<svg") == 2
+    assert plot.read_text().count("<svg") == 3
 
 
 def test_a_plot_that_cannot_be_written_is_named_before_anything_is_measured(
