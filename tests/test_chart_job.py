@@ -58,6 +58,7 @@ def test_a_job_is_another_when_anything_in_it_is() -> None:
         ("slice.gpus", 1), ("slice.runtimeClassName", "nvidia"), ("server.replicas", 0),
         ("slice.affinity", {"nodeAffinity": {}}), ("slice.extraEnv", [{"name": "A"}]),
         ("model.hubToken.existingSecret", "token"), ("slice.backoffLimit", 7),
+        ("slice.podAnnotations", {"a": "b"}),
     ):  # fmt: skip
         other = slicing_job(with_values(HUB, path, value))
         assert other["metadata"]["name"] != first["metadata"]["name"], path

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import yaml
 from helm_python import HelmError
-from helm_render import CHART, FULL, HUB, NODES, of_kind, render, server_pod, with_values
+from helm_render import CHART, FULL, HUB, NODES, of_kind, render, scenario, server_pod, with_values
 
 from sliceserve.server.serve import make_parser
+from sliceserve.slicing.arguments import make_parser as make_cli_parser
 
 PARSER = make_parser()
 ACTIONS = {flag: action for action in PARSER._actions for flag in action.option_strings}
@@ -34,8 +35,12 @@ def given(values: dict[str, Any]) -> list[str]:
 
 def refusal(values: dict[str, Any], *words: str) -> str:
     """What Helm says of such `server.extraArgs`."""
+    return refused(values, "server.extraArgs", list(words))
+
+
+def refused(values: dict[str, Any], path: str, value: list[Any]) -> str:
     with pytest.raises(HelmError) as caught:
-        render(with_values(values, "server.extraArgs", list(words)))
+        render(with_values(values, path, value))
     return str(caught.value)
 
 
@@ -115,6 +120,52 @@ def test_a_refusal_names_values_that_exist_and_no_key() -> None:
             place: Any = defaults
             for name in path.rstrip(".").split("."):
                 place = place[name]
+
+
+def test_no_option_of_the_job_that_the_chart_gives_is_given_again() -> None:
+    values = scenario(CHART / "ci" / "hub-values.yaml")
+    (job,) = of_kind(render(values), "Job")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    script = container["command"][2]
+    mine = {word for word in [*container["args"], *script.split()] if word.startswith("--")}
+    assert mine == {"--fraction", "--device", "--revision", "--output", "--restart"}
+    free = []
+    for action in slice_options():
+        for flag in action.option_strings:
+            if flag in mine | {"--target-params"}:
+                for words in ([f"{flag}=7"], ["--seed", "1", flag[:-1], "7"]):
+                    said = refused(values, "slice.extraArgs", words)
+                    assert "slice.extraArgs must not have --" in said
+            else:
+                free.append(flag)
+    assert len(free) > 8
+    assert render(with_values(values, "slice.extraArgs", [*free, "output"]))
+
+
+def slice_options() -> list[Any]:
+    (commands,) = (
+        one for one in make_cli_parser()._actions if one.dest == "COMMAND" or one.choices
+    )
+    parser: Any = commands.choices
+    return [one for one in parser["slice"]._actions if one.option_strings and one.dest != "help"]
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "Db_Password"])
+@pytest.mark.parametrize("path", ["server.extraEnv", "slice.extraEnv"])
+def test_a_secret_is_given_by_reference_only(path: str, name: str) -> None:
+    said = refused(FULL, path, [{"name": "A", "value": "b"}, {"name": name, "value": "hidden"}])
+    assert f"{path} must not have the value of {name}: give it valueFrom" in said
+    assert "hidden" not in said
+    by_reference = {"secretKeyRef": {"name": "mine", "key": "key"}}
+    assert render(with_values(FULL, path, [{"name": name, "valueFrom": by_reference}]))
+    assert render(with_values(FULL, path, [{"name": "TOKENIZERS_PARALLELISM", "value": "true"}]))
+
+
+@pytest.mark.parametrize("name", ["SLICESERVE_API_KEY", "sliceserve_api_key_file", "VLLM_API_KEY"])
+def test_keys_of_the_server_are_those_of_its_secret(name: str) -> None:
+    by_reference = {"secretKeyRef": {"name": "mine", "key": "key"}}
+    said = refused(HUB, "server.extraEnv", [{"name": name, "valueFrom": by_reference}])
+    assert f"server.extraEnv must not have {name}: set auth.existingSecret" in said
 
 
 def test_the_length_is_free_where_the_chart_gives_none() -> None:

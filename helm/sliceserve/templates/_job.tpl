@@ -1,6 +1,8 @@
 {{/* What the Job's name is a sum of. */}}
 {{- define "sliceserve.jobSpec" -}}
 {{- $source := include "sliceserve.source" . -}}
+{{- include "sliceserve.refuse" (dict "where" "slice.extraArgs" "arguments" .Values.slice.extraArgs "options" (include "sliceserve.sliceOptions" . | fromYamlArray)) }}
+{{- include "sliceserve.refuseSecrets" (dict "where" "slice.extraEnv" "environment" .Values.slice.extraEnv) -}}
 backoffLimit: {{ .Values.slice.backoffLimit }}
 {{- /* Kubernetes refuses it beside OnFailure. */}}
 {{- if empty .Values.model.download.image }}
@@ -25,6 +27,10 @@ template:
     labels:
       {{- include "sliceserve.selectorLabels" . | nindent 6 }}
       app.kubernetes.io/component: slice
+    {{- with .Values.slice.podAnnotations }}
+    annotations:
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
   spec:
     # The pods of failed tries stay, with their logs; but a download is lost with its pod.
     restartPolicy: {{ empty .Values.model.download.image | ternary "Never" "OnFailure" }}

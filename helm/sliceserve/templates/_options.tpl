@@ -53,20 +53,52 @@ too: the log says what the start was doing. */}}
   instead: probes, Service and monitors ask the pods for plain HTTP; TLS ends at the Ingress (ingress.tlsSecret) or at the gateway of httpRoute
 {{- end -}}
 
-{{/* The server's arguments, of the same dict. */}}
-{{- define "sliceserve.arguments" -}}
-{{- $options := include "sliceserve.options" . | fromYamlArray }}
-{{- range $argument := .root.Values.server.extraArgs }}
+{{/* Options of `sliceserve slice` that the chart answers for, as those above. */}}
+{{- define "sliceserve.sliceOptions" -}}
+- also: [--output, --restart]
+  instead: the chart names a directory by all that makes one slice another
+- also: [--fraction, --target-params]
+  instead: set slice.fraction or slice.targetParams
+- also: [--device]
+  instead: set slice.gpus
+- also: [--revision]
+  instead: set model.revision
+{{- end -}}
+
+{{/* Fails if arguments have one of some options; of a dict of both, and of the value that they are (`where`). */}}
+{{- define "sliceserve.refuse" -}}
+{{- $where := .where }}
+{{- $options := .options }}
+{{- range $argument := .arguments }}
 {{- /* As vLLM reads it: _ is -, and an option may be shortened. Without its value, which may be a key. */}}
 {{- $name := regexFind "^--?[^-=\\s][^=\\s]*" $argument }}
 {{- range $option := ternary $options list (ne $name "") }}
 {{- range concat ($option.also | default list) ($option.give | default "" | splitList "=" | first | list | compact) }}
 {{- if or (hasPrefix (replace "_" "-" $name) .) (and (hasSuffix "-" .) (hasPrefix . (replace "_" "-" $name))) }}
-{{- fail (printf "server.extraArgs must not have %s: %s" $name $option.instead) }}
+{{- fail (printf "%s must not have %s: %s" $where $name $option.instead) }}
 {{- end }}
 {{- end }}
 {{- end }}
 {{- end }}
+{{- end -}}
+
+{{/* Fails if an environment holds a secret itself; of a dict of it and of the value that it is (`where`). */}}
+{{- define "sliceserve.refuseSecrets" -}}
+{{- $where := .where }}
+{{- range .environment }}
+{{- if regexMatch "(?i)^(SLICESERVE_API_KEY(_FILE)?|VLLM_API_KEY)$" .name }}
+{{- fail (printf "%s must not have %s: set auth.existingSecret, with the keys in a Secret" $where .name) }}
+{{- end }}
+{{- if and .value (regexMatch "(?i)(token|secret|password|passphrase|credential|api_?key|access_?key)s?$" .name) }}
+{{- fail (printf "%s must not have the value of %s: give it valueFrom, with the value in a Secret" $where .name) }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* The server's arguments, of the same dict. */}}
+{{- define "sliceserve.arguments" -}}
+{{- $options := include "sliceserve.options" . | fromYamlArray }}
+{{- include "sliceserve.refuse" (dict "where" "server.extraArgs" "arguments" .root.Values.server.extraArgs "options" $options) }}
 {{- range $options }}
 {{- with .give }}
 - {{ . | quote }}

@@ -123,6 +123,7 @@ spec:
             fieldRef:
               fieldPath: status.podIP
         {{- end }}
+        {{- include "sliceserve.refuseSecrets" (dict "where" "server.extraEnv" "environment" $server.extraEnv) }}
         {{- with $server.extraEnv }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
