@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sliceserve.server.bounds import Bounds, find_excess
 from sliceserve.server.exchange import Refusal, exchange_of, note_refusal
-from sliceserve.server.forms import FORMS
+from sliceserve.server.forms import compiled_form
 from sliceserve.server.responses import error_response, shared_answer
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _NO_FORM = "{} has a form that cannot be compiled, or the request failed while i
 class Arguments:
     """ASGI layer that notes the model a request asks for, and refuses one that asks too much.
 
-    A 500 of a request that asks for a form becomes a 400 where vLLM gives no reason.
+    A 500 of a request whose form the engine compiles becomes a 400 where vLLM gives no reason.
 
     It stands within `Admission`, whose first message is the whole body. What is no JSON object
     is left to vLLM, which answers with an error of its own.
@@ -52,10 +52,10 @@ class Arguments:
         async def replayed() -> Message:
             return pending.pop() if pending else await receive()
 
-        await self.app(scope, replayed, send)
         answer = shared_answer(scope, send)
+        await self.app(scope, replayed, send)
         if answer.held and _FAILED in answer.held[-1].get("body", b""):
-            form = next(filter(given.__contains__, FORMS), None)
+            form = compiled_form(given)
             if form is not None:
                 answer.held.clear()
                 refusal = error_response(400, "BadRequestError", _NO_FORM.format(form), param=form)

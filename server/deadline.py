@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from sliceserve.server.responses import error_response, shared_answer, unavailable
-from sliceserve.server.streams import AGAIN_S, has_left, leaving
+from sliceserve.server.streams import has_left, leaving
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -45,16 +45,14 @@ class _Limit:
 
     def _end_stream(self) -> None:
         """End what does not wait for its client, because the server says when it leaves."""
-        if self._left is None or self.over or self._answer.ended:
+        if self._left is None or self.over:
             return
         if self._answer.begun:
-            self._cut()
-            has_left(self._left, itself=False)
-        else:
-            # It may be about to begin.
-            asyncio.get_running_loop().call_later(AGAIN_S, self._end_stream)
+            self.cut()
+        has_left(self._left, itself=False)
 
-    def _cut(self) -> None:
+    def cut(self) -> None:
+        """Let no more of the answer through, unless it has ended."""
         if not self._answer.ended:
             self.expired = True
             self._answer.cut()
@@ -64,7 +62,7 @@ class _Limit:
         message = await self._next(receive)
         if message is not None:
             return message
-        self._cut()
+        self.cut()
         return {"type": "http.disconnect"}
 
     async def _next(self, receive: Receive) -> Message | None:
@@ -123,6 +121,8 @@ class Deadline:
             limit.over = True
             self._running.discard(limit)
             timer.cancel()
+        if limit.up:
+            limit.cut()  # the application was cancelled before its answer began
         if not limit.expired:
             return
         # A client that reads nothing must not keep the request's place.

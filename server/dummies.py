@@ -51,7 +51,9 @@ def _whole_rotation(layer: FusedDecoderLayer | SlicedDecoderLayer, index: int) -
     writes: Any = layer.joined_writes[index]
     weight: Tensor = writes.weight
     _, size = layer.own_columns[index]
-    return weight.narrow(1, weight.shape[1] - size, size) if weight.ndim == 2 else None
+    # Eight bits have been turned, and take no random numbers; four are no matrix.
+    plain = weight.ndim == 2 and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
+    return weight.narrow(1, weight.shape[1] - size, size) if plain else None
 
 
 def _seed(layer: nn.Module, number: int) -> int:

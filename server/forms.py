@@ -2,8 +2,8 @@
 
 A compilation cannot be ended, and few run at a time: who asks for one that takes minutes takes them
 from all. With xgrammar and the vocabulary of SmolLM2 (49,152 tokens) 64 KiB take at most half a
-second, unless one object has many properties, whose time grows with the cube: 455 take 0.4 s, and
-1,820 take 30 s.
+second, unless objects have many properties, whose time grows with the cube of their number: 455 of
+one take 0.4 s, and 1,820 take 30 s.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ if TYPE_CHECKING:
 EXPRESSION_CHARACTERS = 16384  # of regular expressions: the API process compiles them, too
 FORM_CHARACTERS = 2**16
 TOOLS_CHARACTERS = 2**18  # most of them are text for the model, and are not compiled
-PROPERTIES = 512  # of one object
+PROPERTIES = 512  # of one object; of several, the squares of their numbers sum up to its square
 _TOOLS = "tools"
 # The arguments of the APIs that vLLM serves which have a form; in one, what holds expressions and
 # what may hold a form as text.
 FORMS = ("response_format", "structured_outputs", _TOOLS, "text", "output_config")
-_EXPRESSIONS = ("pattern", "regex")
+_EXPRESSIONS = ("pattern", "regex", "whitespace_pattern")
 _AS_TEXT = ("json", "structural_tag")
+_HAVE_FORMAT = ("text", "output_config")
 _NAMED = ("properties", "patternProperties")
+_TELLING = ("description", "title")
+_BRACKETS = 2
 
 
 def excess_of_form(name: str, form: Any) -> str | None:
@@ -39,47 +42,70 @@ def excess_of_form(name: str, form: Any) -> str | None:
     if isinstance(form, str):
         return None  # in other APIs of the same name
     allowed = TOOLS_CHARACTERS if name == _TOOLS else FORM_CHARACTERS
-    expressions = characters = 0
+    expressions = characters = squares = 0
     for part in _parts(form):
-        if isinstance(part, str):
-            characters += len(part)
-            continue
-        characters += sum(map(len, part))
-        expressions += sum(len(part[key]) for key in _EXPRESSIONS if isinstance(part.get(key), str))
-        for key in _NAMED:
-            if not isinstance(names := part.get(key), dict):
-                continue
-            if len(names) > PROPERTIES:
-                return (
-                    f"An object of {name} has {len(names)} properties, "
-                    f"and {PROPERTIES} are allowed."
-                )
+        characters += len(part) if isinstance(part, str) else _BRACKETS
+        if isinstance(part, dict):
+            characters += sum(map(len, part))
+            named = [part[key] for key in _NAMED if isinstance(part.get(key), dict)]
+            squares += sum(len(names) ** 2 for names in named)
+            expressions += sum(len(part[key]) for key in _EXPRESSIONS if _is_text(part, key))
             # Of properties that match one, the names are expressions.
-            expressions += sum(map(len, names)) if key == "patternProperties" else 0
-    if expressions > EXPRESSION_CHARACTERS:
-        return (
-            f"The regular expressions of {name} have {expressions} characters, "
-            f"and {EXPRESSION_CHARACTERS} are allowed."
-        )
-    if characters > allowed:
-        return f"{name} has {characters} characters, and {allowed} are allowed."
+            if isinstance(names := part.get(_NAMED[-1]), dict):
+                expressions += sum(map(len, names))
+        if squares > PROPERTIES**2:
+            return f"{name} has more properties than {PROPERTIES} in one object, or as costly ones."
+        if expressions > EXPRESSION_CHARACTERS:
+            return (
+                f"The regular expressions of {name} have more than {EXPRESSION_CHARACTERS} "
+                "characters."
+            )
+        if characters > allowed:
+            return f"{name} has more than {allowed} characters."
     return None
 
 
-def _parts(form: Any) -> Iterator[str | dict[str, Any]]:
-    """Yield the texts and objects of a form, and of forms therein that are texts themselves."""
+def compiled_form(given: dict[str, Any]) -> str | None:
+    """Return the argument of a request by which the engine compiles a form, if one does."""
+    for name in FORMS:
+        form = given.get(name)
+        if name == _TOOLS:
+            # Without a choice they are text for the model.
+            wanted = form and given.get("tool_choice") not in (None, "auto", "none")
+        else:
+            inner = form.get("format") if isinstance(form, dict) and name in _HAVE_FORMAT else form
+            wanted = isinstance(inner, dict) and inner.get("type") != "text" and inner
+        if wanted:
+            return name
+    return None
+
+
+def _is_text(part: dict[str, Any], key: str) -> bool:
+    return isinstance(part.get(key), str)
+
+
+def _parts(form: Any) -> Iterator[str | dict[str, Any] | list[Any]]:
+    """Yield the texts, objects and lists of a form, and of forms therein that are texts."""
     pending = [form]
     while pending:
         found = pending.pop()
         if isinstance(found, dict):
             yield found
-            pending += found.values()
-            for text in (found[key] for key in _AS_TEXT if isinstance(found.get(key), str)):
-                with suppress(ValueError, RecursionError):
-                    pending.append(json.loads(text))
+            for key, value in found.items():
+                if key in _AS_TEXT and isinstance(value, str):
+                    value = _read(value)
+                # What only tells of a form is not compiled.
+                if key not in _TELLING or not isinstance(value, str):
+                    pending.append(value)
         elif isinstance(found, list):
-            pending += found
-        elif isinstance(found, str):
             yield found
+            pending += found
         else:
-            yield "0"  # numbers are text to a compiler, if short
+            yield found if isinstance(found, str) else "0"  # numbers are text to a compiler
+
+
+def _read(text: str) -> Any:
+    """Return the form that a text holds, or the text."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(text)
+    return text

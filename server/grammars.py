@@ -48,7 +48,11 @@ class NoGrammar(StructuredOutputGrammar):  # type: ignore[misc]  # vLLM is untyp
 
 def guard_grammars() -> None:
     """Have a form that does not compile end its request only; safe to call more than once."""
-    if _is_guarded():
+    try:
+        if _is_guarded():
+            return
+    except (AttributeError, TypeError) as error:
+        _logger.warning("This vLLM is unknown: its engine may end with a grammar: %s", error)
         return
     create = StructuredOutputManager._create_grammar
 

@@ -92,13 +92,12 @@ def while_serving(
 
     """
     queue = engine.queue
-    limited = app if queue is None else QueueLimit(app, queue)
     # A stream that is cancelled would not be counted down.
     counted = getattr(app.state, "enable_server_load_tracking", False)
-    streaming = limited if counted else Streams(limited)
-    deadline = _bounded(
-        streaming, settings, None if max_logprobs == -1 else max_logprobs, vocabulary
-    )
+    streaming = app if counted else Streams(app)
+    # It holds the beginning of an answer, of which streams have to know.
+    limited = streaming if queue is None else QueueLimit(streaming, queue)
+    deadline = _bounded(limited, settings, None if max_logprobs == -1 else max_logprobs, vocabulary)
     sockets = SocketDeadline(deadline, settings.request_timeout)
     admission = Admission(sockets, _limits(settings))
 

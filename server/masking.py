@@ -53,7 +53,10 @@ def mask_logs() -> None:
 def _mask(record: logging.LogRecord) -> bool:
     if isinstance(record.args, dict):
         record.args = masked(record.args)
-    text = record.getMessage()
+    try:
+        text = record.getMessage()
+    except (TypeError, ValueError):
+        return True  # logging says so where it writes
     if (shown := _without_secrets(text)) != text:
         record.msg, record.args = shown, ()
     return True

@@ -14,7 +14,7 @@ def register() -> None:
 
     mask_logs()
     tell_failures(logging.getLogger("vllm"))
-    guard_grammars()
     register_config()
     # By name and not by class: vLLM then imports the model only where it runs it.
     ModelRegistry.register_model(CAUSAL_LM, f"sliceserve.server.models:{CAUSAL_LM}")
+    guard_grammars()

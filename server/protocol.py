@@ -64,12 +64,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Leave no timer behind, and tell the requests."""
         self._stop_clock()
         super().connection_lost(exc)
-        for cycle in self._unanswered:
-            cycle.disconnected = True
-            cycle.message_event.set()
-            if (left := leaving(cycle.scope)) is not None:
-                has_left(left, itself=True)
-        self._unanswered.clear()
+        self._tell_unanswered()
         # uvicorn leaves this one if the client broke the connection off, and with it the request,
         # for as long as idle connections are kept.
         self._unset_keepalive_if_required()
@@ -129,12 +124,22 @@ class BoundedProtocol(HttpToolsProtocol):
     def handle_websocket_upgrade(self) -> None:
         """Leave the connection to the other protocol."""
         self._over = True
+        self._tell_unanswered()  # this protocol hears of the connection no more
         super().handle_websocket_upgrade()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP; called too when `on_headers_complete` has refused a head."""
         if not self._over:
             self._refuse(400, "BadRequestError", msg)
+
+    def _tell_unanswered(self) -> None:
+        """Tell the requests that are not answered yet that their client has left."""
+        for cycle in self._unanswered:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            if (left := leaving(cycle.scope)) is not None:
+                has_left(left, itself=True)
+        self._unanswered.clear()
 
     def _time_what_comes(self) -> None:
         """Give what has begun to come its time, after an answer; else the connection is idle."""

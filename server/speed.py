@@ -314,7 +314,7 @@ def describe_speed(found: dict[str, Speed], options: SpeedOptions) -> str:
     gpus = options.tensor_parallel_size * options.pipeline_parallel_size
     text.append(
         f"{options.input_len} tokens in, {options.output_len} out, fastest of {options.repeats}; "
-        f"{first.dtype}, vLLM {first.vllm} on {gpus} × {first.device}"
+        f"{options.quantization or first.dtype}, vLLM {first.vllm} on {gpus} × {first.device}"
     )
     text += [f"{model}: commit {speed.commit}" for model, speed in found.items() if speed.commit]
     return "\n".join(text)

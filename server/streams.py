@@ -54,13 +54,13 @@ class _Stream:
 
     def end(self, left: asyncio.Future[bool]) -> None:
         """Cancel the application as soon as its answer has begun, if it has not ended by then."""
-        if self.over or self._answer.ended:
+        if self.over:
             return
         loop = asyncio.get_running_loop()
         if not self._answer.begun:
             loop.call_later(AGAIN_S, self.end, left)
             return
-        if self._exchange is not None and left.result():
+        if self._exchange is not None and left.result() and not self._answer.ended:
             self._exchange.disconnected = True
         self.limit.reschedule(loop.time())
 
@@ -81,12 +81,14 @@ class Streams:
         if scope["type"] != "http" or left is None:
             await self.app(scope, receive, send)
             return
-        asgi = {**scope["asgi"], "spec_version": SENDING_FAILS}
-        stream = _Stream(shared_answer(scope, send), exchange_of(scope))
+        # In the scope itself: the router leaves the route there, for the layers outside.
+        scope["asgi"] = {**scope["asgi"], "spec_version": SENDING_FAILS}
+        answer = shared_answer(scope, send)
+        stream = _Stream(answer, exchange_of(scope))
         left.add_done_callback(stream.end)
         try:
             async with stream.limit:
-                await self.app({**scope, "asgi": asgi}, receive, send)
+                await self.app(scope, receive, answer.send)
         except TimeoutError:
             if not stream.limit.expired():
                 raise

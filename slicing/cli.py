@@ -201,19 +201,22 @@ def benchmark_command(
     from sliceserve.slicing.source import quiet_transformers
 
     quiet_transformers()
-    if plot is not None and plot.is_dir():
-        raise UserError(f"--plot {str(plot)!r} is a directory")
+    if plot is not None:
+        # Before minutes are spent.
+        from sliceserve.slicing.page import check_page
+
+        check_page(plot, "--plot")
     chosen = SpeedOptions(batch_size=tuple(batch_size), **options)  # type: ignore[arg-type]
     found = compare_speed([model] if against is None else [against, model], chosen)
     speed = {name: asdict(speed) for name, speed in found.items()}
-    if plot is not None:
-        from sliceserve.slicing.page import write_speeds
-
-        write_speeds(speed, asdict(chosen), plot)
     if as_json:
         print(json.dumps({"speed": speed, "options": asdict(chosen)}, indent=2))
     else:
         print(describe_speed(found, chosen))
+    if plot is not None:
+        from sliceserve.slicing.page import write_speeds
+
+        write_speeds(speed, asdict(chosen), plot)
     return 0
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,25 @@ def _rendered(template: str, **fields: object) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(**fields)
+
+
+def check_page(output: Path, argument: str) -> None:
+    """Make the directory of a page that is to be written.
+
+    Raises:
+        UserError: it is a directory itself, or its own cannot be made or written to.
+
+    """
+    if output.is_dir():
+        raise UserError(f"{argument} {str(output)!r} is a directory")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise fault(error, UserError)(
+            f"{argument} {str(output)!r} cannot be written: {error}"
+        ) from error
 
 
 def _write(page: str, output: Path, argument: str) -> None:

@@ -21,6 +21,7 @@ from sliceserve.server.forms import (
     FORM_CHARACTERS,
     PROPERTIES,
     TOOLS_CHARACTERS,
+    compiled_form,
 )
 from sliceserve.server.per_key import KeyLimits, PerKey
 
@@ -28,6 +29,8 @@ BOUNDS = Bounds(sequences=6, output_tokens=100, stops=2, logprobs=5, vocabulary=
 HALF = {"type": "string", "pattern": "x" * (EXPRESSION_CHARACTERS // 2)}
 FITTING = {"type": "object", "properties": {"a": HALF, "b": HALF}}
 NAMES = [str(number) for number in range(PROPERTIES + 1)]
+MANY = {str(number): True for number in range(PROPERTIES // 4)}
+TEXTS = {"enum": ["x" * 99] * (FORM_CHARACTERS * 2 // 3 // 100)}
 LONG = {"type": "object", "properties": {"a": HALF, "b": HALF, "c": {"pattern": "x"}}}
 
 
@@ -104,14 +107,43 @@ LONG = {"type": "object", "properties": {"a": HALF, "b": HALF, "c": {"pattern": 
         ({"structured_outputs": {"grammar": "x" * FORM_CHARACTERS + "x"}}, "structured_outputs"),
         ({"text": {"format": {"schema": {"enum": [1] * (FORM_CHARACTERS + 1)}}}}, "text"),
         ({"tools": [{"function": {"description": "x" * FORM_CHARACTERS}}]}, None),
-        ({"tools": [{"function": {"description": "x" * TOOLS_CHARACTERS}}]}, "tools"),
+        ({"tools": [{"function": {"description": "x" * TOOLS_CHARACTERS}}]}, None),
+        ({"tools": [{"function": {"default": "x" * TOOLS_CHARACTERS}}]}, "tools"),
         ({"response_format": {"properties": dict.fromkeys(NAMES[:-1], True)}}, None),
         ({"response_format": {"properties": dict.fromkeys(NAMES, True)}}, "response_format"),
+        ({"tools": [{"parameters": {"properties": MANY}}] * 16}, None),
+        ({"tools": [{"parameters": {"properties": MANY}}] * 17}, "tools"),
+        ({"response_format": {"prefixItems": [{}] * FORM_CHARACTERS}}, "response_format"),
+        ({"response_format": {"enum": [[]] * FORM_CHARACTERS}}, "response_format"),
+        ({"structured_outputs": {"json": json.dumps(TEXTS)}}, None),
+        ({"structured_outputs": {"whitespace_pattern": "x" * 20_000}}, "structured_outputs"),
+        ({"tools": [{"title": {"x" * TOOLS_CHARACTERS: 1}}]}, "tools"),
     ],
 )
 def test_what_asks_too_much_is_named(given: dict[str, Any], argument: str | None) -> None:
     excess = find_excess(given, BOUNDS)
     assert (excess and excess.argument) == argument
+
+
+@pytest.mark.parametrize(
+    ("given", "argument"),
+    [
+        ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text"),
+        ({"tools": [{}], "tool_choice": "required"}, "tools"),
+        ({"tools": [{}], "tool_choice": {"type": "any"}}, "tools"),
+        ({"tools": [{}], "tool_choice": "auto"}, None),
+        ({"tools": [{}]}, None),
+        ({"response_format": None, "structured_outputs": {}}, None),
+        ({"response_format": {"type": "text"}, "text": {"format": {"type": "text"}}}, None),
+        ({"text": {"verbosity": "low"}}, None),
+    ],
+)
+def test_a_form_is_known_by_what_the_engine_compiles(
+    given: dict[str, Any], argument: str | None
+) -> None:
+    assert compiled_form(given) == argument
 
 
 def test_without_a_bound_answers_may_be_of_any_length() -> None:

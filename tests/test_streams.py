@@ -15,6 +15,7 @@ from starlette.responses import StreamingResponse
 from sliceserve.server.deadline import Deadline
 from sliceserve.server.exchange import Exchange, Watch
 from sliceserve.server.faults import Faults
+from sliceserve.server.queued import QueueLimit, TokenQueue
 from sliceserve.server.streams import Streams
 
 SECONDS = 0.3
@@ -31,6 +32,7 @@ class Streaming:
     ended: list[str] = field(default_factory=list)
     receives: int = 0
     exchanges: list[Exchange] = field(default_factory=list)
+    queue: TokenQueue | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def counted() -> Any:
@@ -60,7 +62,8 @@ class Streaming:
             self.ended.append(how)
 
     def layers(self, seconds: float) -> Watch:
-        return Watch(Deadline(Faults(Streams(self)), seconds), frozenset(), self.exchanges.append)
+        app: Any = Streams(self) if self.queue is None else QueueLimit(Streams(self), self.queue)
+        return Watch(Deadline(Faults(app), seconds), frozenset(), self.exchanges.append)
 
 
 @contextmanager
@@ -98,6 +101,27 @@ def test_a_stream_that_waits_ends_when_its_client_leaves(
     assert app.ended == ["cancelled"]
     (exchange,) = app.exchanges
     assert (exchange.status, exchange.disconnected, exchange.failed) == (200, True, None)
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_stream_whose_beginning_the_queue_holds_ends_too(
+    loop: str, caplog: pytest.LogCaptureFixture, *, leaves: bool
+) -> None:
+    async def scenario(serving: Serving) -> None:
+        async with serving.client((POST % (b"", 2)) + b"{}") as client:
+            await until(lambda: bool(app.begun))
+            if leaves:
+                client.reset()
+            else:
+                status, _, body = await client.answer()
+                assert status == json.loads(body)["error"]["code"] == 408
+            await until(lambda: bool(app.exchanges))
+
+    with streaming(loop, caplog, 60 if leaves else SECONDS) as (app, play):
+        app.queue = TokenQueue(100, lambda: 0)
+        play(scenario)
+    assert app.ended == ["cancelled"]
+    assert [one.disconnected for one in app.exchanges] == [leaves]
 
 
 def test_a_stream_whose_time_is_up_ends_with_an_error(
