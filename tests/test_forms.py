@@ -24,7 +24,7 @@ FORMS = [
 def server(tiny_sliced: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """One of its own: vLLM logs tracebacks of what is tried here."""
     log = tmp_path_factory.mktemp("forms") / "log"
-    with serving(tiny_sliced, log, SLICESERVE_API_KEY=FIXED_KEY) as server:
+    with serving(tiny_sliced, log, "--metrics-public", SLICESERVE_API_KEY=FIXED_KEY) as server:
         server.wait_for("/readyz", 200)
         yield server
 
