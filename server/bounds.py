@@ -83,11 +83,11 @@ def _excess_of_one(asked: dict[str, Any], bounds: Bounds, *, inner: bool) -> Exc
             return Excess(name, f"{name} is no number of {INTEGER_BITS + 1} bits.")
     for name in filter(asked.__contains__, _OUTPUT_TOKENS):
         # There null is no default, but all of the context.
-        tokens = 10**9 if inner and asked[name] is None else _number(asked[name])
-        if bounds.output_tokens is not None and tokens > bounds.output_tokens:
-            return Excess(
-                name, f"{name} is {asked[name]}, and {bounds.output_tokens} tokens are allowed."
-            )
+        unbounded = inner and asked[name] is None
+        tokens = _number(asked[name])
+        if bounds.output_tokens is not None and (unbounded or tokens > bounds.output_tokens):
+            told = "null" if unbounded else tokens
+            return Excess(name, f"{name} is {told}, and {bounds.output_tokens} tokens are allowed.")
     for name in filter(asked.__contains__, _LOGPROBS):
         # In chat completions the other of the two has the number.
         number = 0 if isinstance(asked[name], bool) else _number(asked[name])

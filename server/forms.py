@@ -1,9 +1,8 @@
 """Bounds on what an answer has to look like, which vLLM compiles before the model runs.
 
 A compilation cannot be ended, and few run at a time: who asks for one that takes minutes takes them
-from all. With xgrammar and the vocabulary of SmolLM2 (49,152 tokens) 64 KiB take at most half a
-second, unless objects have many properties, whose time grows with the cube of their number: 455 of
-one take 0.4 s, and 1,820 take 30 s.
+from all. Most of 64 KiB take a tenth of a second; of an object's properties the time grows with the
+cube of their number (`benchmarks/grammars.py`, docs/server.md).
 """
 
 from __future__ import annotations
@@ -54,7 +53,10 @@ def excess_of_form(name: str, form: Any) -> str | None:
             if isinstance(names := part.get(_NAMED[-1]), dict):
                 expressions += sum(map(len, names))
         if squares > PROPERTIES**2:
-            return f"{name} has more properties than {PROPERTIES} in one object, or as costly ones."
+            return (
+                f"The objects of {name} have too many properties: the squares of their numbers "
+                f"sum up to more than {PROPERTIES}²."
+            )
         if expressions > EXPRESSION_CHARACTERS:
             return (
                 f"The regular expressions of {name} have more than {EXPRESSION_CHARACTERS} "

@@ -10,9 +10,11 @@ from typing import Any
 from pydantic import SecretStr
 
 # In vLLM's options, and in what it passes on to loaders and connectors, of which it knows nothing.
-# Numbers of tokens are none.
+# Numbers of tokens are none, nor are tokens of the model's own.
+_OWN = "bos", "eos", "pad", "unk", "cls", "sep", "mask", "image", "audio", "video"
 _NAMES = r"token|auth|(?:key|secret|password|passwd|passphrase|credential|authorization)s?"
-_SECRET = re.compile(rf"(?:{_NAMES})$", re.IGNORECASE)
+_NOT_OWN = "".join(f"(?<!{kind}_token)" for kind in _OWN)
+_SECRET = re.compile(rf"(?:{_NAMES})${_NOT_OWN}", re.IGNORECASE)
 _USER_OF_URL = re.compile(r"(?<=://)[^/?#\s]*(?=@)")
 # As clouds sign them, too.
 _IN_QUERY = re.compile(rf"([?&][^=?&#\s]*(?:{_NAMES}|sig|signature)=)[^&#\s'\"]+", re.IGNORECASE)

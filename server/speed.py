@@ -210,8 +210,12 @@ def measure_speed(model: str, location: Location, parameters: int, options: Spee
 def _engine(model: str, location: Location, options: SpeedOptions) -> Any:
     try:
         from vllm import LLM
+        from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
     except ImportError as error:
         raise UserError(f"benchmark needs vLLM, which cannot be imported: {error}") from error
+    if options.quantization not in (None, *QUANTIZATION_METHODS):
+        known = ", ".join(QUANTIZATION_METHODS)
+        raise UserError(f"--quantization {options.quantization!r} is none of {known}")
     further: dict[str, Any] = {}
     if options.gpu_memory_utilization is not None:
         further["gpu_memory_utilization"] = options.gpu_memory_utilization

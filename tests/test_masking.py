@@ -68,6 +68,7 @@ def test_the_engines_line_has_no_secrets_either(lines: list[str]) -> None:
         ("https://h?max_tokens=3&author=b", "https://h?max_tokens=3&author=b"),
         ({"auth": "hidden", "proxy_auth": ["a"]}, {"auth": MASK, "proxy_auth": MASK}),
         ({"author": "a", "auth": True}, {"author": "a", "auth": True}),
+        ({"bos_token": "<s>", "hf_token": "a"}, {"bos_token": "<s>", "hf_token": MASK}),
     ],
 )
 def test_names_in_queries_and_objects_tell_what_is_secret(value: Any, shown: Any) -> None:

@@ -86,6 +86,13 @@ def test_a_plot_that_cannot_be_written_is_named_before_anything_is_measured(
     assert f"--plot {str(tmp_path)!r} is a directory" in capsys.readouterr().err
 
 
+def test_a_quantisation_that_vllm_does_not_know_is_named(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["benchmark", str(tiny), "--quantization", "nonsense"]) == 2
+    assert "--quantization 'nonsense' is none of " in capsys.readouterr().err
+
+
 def test_the_report_shows_every_batch_and_a_chart(
     printed: dict[str, Any], tiny_sliced: Path, tmp_path: Path
 ) -> None:
