@@ -5,7 +5,8 @@
 Bfloat16, a quarter of the width deleted, low-rank rotations of the default rank, each as a CUDA
 graph. Microseconds a call, compiled and ours, and their ratio. `gated`: norm, activation and
 concatenation, without the products. `accumulate`: the product that writes, with its addition.
-`rounded`: joined with the rotation's columns and rounded to fp8 or int8, a scale a token.
+`placed`: norm, rotary embedding, the KV cache's update (compiled: by vLLM's kernel) and the
+rotation's columns. `rounded`: joined with those and rounded to fp8 or int8, a scale a token.
 """
 
 import argparse
@@ -17,14 +18,18 @@ from cuda_graph import seconds_in_turn
 from shapes import GATED, SHAPES
 from torch import Tensor
 from torch.nn.functional import linear, silu
+from vllm import _custom_ops as vllm_operations
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
 from sliceserve.kernels.accumulate import accumulate
 from sliceserve.kernels.gated import gated
+from sliceserve.kernels.placed import placed
 from sliceserve.kernels.rounded import FP8, reference, rounded
 from sliceserve.slicing.rotations import default_rank
 from sliceserve.slicing.shape import sliced_width
 
 EPS = 1e-5
+HEAD, BLOCK = 128, 16  # the size of a head, and tokens of a block of the KV cache
 CALLS, REPLAYS = 8, 10
 
 
@@ -43,30 +48,80 @@ def normed_and_joined(x: Tensor, projected: Tensor, rank: int) -> tuple[Tensor, 
     return normed, torch.cat([silu(gate) * up, beside * square.sqrt().to(x.dtype)], dim=-1)
 
 
+def normed(x: Tensor) -> Tensor:
+    """Return what the product reads."""
+    return (x.float() * (x.float().square().mean(-1, keepdim=True) + EPS).rsqrt()).to(x.dtype)
+
+
+def turned_and_joined(
+    x: Tensor, projected: Tensor, positions: Tensor, cos_sin: Tensor, joined: Tensor, heads: int,
+    kv_heads: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return queries and keys, as vLLM has them compiled, and write the rotation's columns."""
+    sizes = [heads * HEAD, kv_heads * HEAD, kv_heads * HEAD]
+    q, k, _, u = projected.split([*sizes, projected.shape[1] - sum(sizes)], dim=-1)
+    rho = (x.float().square().mean(-1, keepdim=True) + EPS).sqrt()
+    joined[:, heads * HEAD :] = u * rho.to(x.dtype)
+    turned: tuple[Tensor, Tensor] = RotaryEmbedding.forward_static(
+        positions, q, k, HEAD, HEAD, cos_sin, True
+    )
+    return turned
+
+
+def measure_placed(
+    tokens: int, heads: int, kv_heads: int, width: int, rank: int
+) -> tuple[float, float]:
+    """Return the microseconds from a product to attention, and those of the norm before it."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.bfloat16, device="cuda")
+
+    x, projected = random(tokens, width), random(tokens, (heads + 2 * kv_heads) * HEAD + rank)
+    caches = random(-(-tokens // BLOCK), 2, BLOCK, kv_heads, HEAD).unbind(1)
+    queries, joined = random(tokens, heads, HEAD), random(tokens, heads * HEAD + rank)
+    slots, cos_sin = torch.arange(tokens, device="cuda"), random(4096, HEAD)
+    positions, one = slots % 2048, torch.ones(1, device="cuda")
+    norms, turns = torch.compile(normed), torch.compile(turned_and_joined)
+    values = projected[:, (heads + kv_heads) * HEAD : (heads + 2 * kv_heads) * HEAD]
+
+    def compiled() -> None:
+        norms(x)
+        _, keys = turns(x, projected, positions, cos_sin, joined, heads, kv_heads)
+        key_and_value = (part.unflatten(-1, (kv_heads, HEAD)) for part in (keys, values))
+        vllm_operations.reshape_and_cache_flash(*key_and_value, *caches, slots, "auto", one, one)
+
+    def ours() -> None:
+        placed(x, projected, positions, cos_sin, slots, caches, queries, joined, EPS, False)
+
+    return microseconds(compiled, ours)
+
+
 def added(x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
     """Return the stream with a product added."""
     return x + linear(a, weight)
 
 
 def measure(
-    tokens: int, hidden: int, width: int, inner: int, rank: int
+    tokens: int, hidden: int, kv_heads: int, width: int, inner: int, rank: int
 ) -> dict[str, tuple[float, float]]:
     """Return the microseconds of each operation, compiled and ours."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.bfloat16, device="cuda") / 64
 
+    torch.compiler.reset()
+    at_attention = measure_placed(tokens, hidden // HEAD, kv_heads, width, rank)
     x, projected = random(tokens, width), random(tokens, 2 * inner + rank)
     a, weight = random(tokens, inner + rank), random(width, inner + rank)
     rho = torch.rand(tokens, 1, device="cuda")
     attention, beside = random(tokens, hidden), random(tokens, rank)
-    torch.compiler.reset()
     joins, adds, rounds = map(torch.compile, (normed_and_joined, added, reference))
     gate_up, u = projected.split([2 * inner, rank], dim=-1)
     found = {
         "gated": microseconds(
             lambda: joins(x, projected, rank), lambda: gated(x, projected, rank, EPS)
         ),
+        "placed": at_attention,
         "accumulate": microseconds(lambda: adds(x, a, weight), lambda: accumulate(x, a, weight)),
     }
     for name, dtype in {"fp8": FP8, "int8": torch.int8}.items():
@@ -90,7 +145,8 @@ def main() -> None:
     for shape in options.shapes:
         hidden, inner = SHAPES[shape]["hidden_size"], SHAPES[shape]["intermediate_size"]
         width, rank = sliced_width(hidden, 0.25, 128), default_rank(hidden)
-        columns = [measure(count, hidden, width, inner, rank) for count in options.tokens]
+        kv_heads = SHAPES[shape].get("num_key_value_heads", hidden // HEAD)
+        columns = [measure(count, hidden, kv_heads, width, inner, rank) for count in options.tokens]
         for name in columns[0]:
             cells = (
                 f"{compiled:.1f} → {ours:.1f} ({ours / compiled:.2f})"

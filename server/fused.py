@@ -7,9 +7,10 @@ With h = norm(x), a the branches' outputs and [a ‖ b] a concatenation, a subla
   root mean square by which the norm divided x;
 - none: x ← x + a·W_o.
 
-On a GPU the division by ρ of a gated MLP waits until after the product that reads
-(`kernels.gated`): there u = x·A is what the rotation goes on with. What is added to x is added
-where x lies (`kernels.accumulate`). With quantised weights neither is so. In fp8 the compiler makes
+On a GPU the division by ρ of a gated MLP, and of attention like Llama's, waits until after the
+product that reads (`kernels.gated`, `kernels.placed`): there u = x·A is what the rotation goes on
+with. What is added to x is added where x lies (`kernels.accumulate`). With quantised weights
+neither is so. In fp8 the compiler makes
 one kernel of the addition, the norm and its rounding. Where vLLM multiplies eight bits by CUTLASS
 with a scale a token, `kernels.rounded` makes one of what remains.
 
@@ -36,6 +37,7 @@ from sliceserve.kernels.rounded import rounded
 from sliceserve.server.joined import JoinedLinear, Part, shard
 from sliceserve.server.layers import LayerBuilder, Shapes, add_module, sliced_norm
 from sliceserve.server.packed import group_size, padding
+from sliceserve.server.placing import PlacingAttention, can_place, split_at_placing
 from sliceserve.server.roomy import RoomyAttention, can_make_room
 from sliceserve.server.taking import probe_linear
 from sliceserve.slicing.architectures import Architecture, Sublayer
@@ -71,6 +73,7 @@ class FusedDecoderLayer(nn.Module):
         self.architecture, self.ranks = architecture, ranks
         self.gates: list[bool] = []
         self.late_norms: list[bool] = []
+        self.places: list[bool] = []
         self.joined_reads, self.joined_writes = nn.ModuleList(), nn.ModuleList()
         self.input_sizes: list[list[int]] = []
         self.own_columns: list[tuple[int, int]] = []
@@ -92,14 +95,17 @@ class FusedDecoderLayer(nn.Module):
                 reads.append([Part(f"{rotation}.down", start, size, zeros)])
                 writes.append(Part(f"{rotation}.up", start, size, zeros))
             room = sum(part.span for part in writes[1:])
-            self.joins.append(not self._make_room(vllm_config, sublayer, room))
             gates = self._is_gated_mlp(builder, sublayer)
+            # In float16 the product could overflow; what rounds a token's row norms it on the way.
+            plain = builder.quant_config is None and builder.dtype != torch.float16
+            late = rank is not None and plain and fuses_here()
+            places = rank is not None and fuses_here()
+            normed = not late or any(map(builder.has_bias, sublayer.reads))
+            places = places and self._place(vllm_config, sublayer, room, normed)
+            self.joins.append(not places and not self._make_room(vllm_config, sublayer, room))
             self.gates.append(gates)
-            # In float16 the product could overflow; what rounds a token's row norms it on the way;
-            # on a CPU norm and activation are fast, and what joins them is not.
-            late = gates and rank is not None and builder.dtype != torch.float16
-            cheap = builder.quant_config is not None or current_platform.is_cpu()
-            self.late_norms.append(late and not cheap)
+            self.late_norms.append(late and (gates or (places and not normed)))
+            self.places.append(places)
             self.input_sizes.append([sum(part.span for part in parts) for parts in reads])
             self.joined_reads.append(
                 self._join(builder, [part for parts in reads for part in parts], 0, width)
@@ -151,6 +157,19 @@ class FusedDecoderLayer(nn.Module):
             return True
         return False
 
+    def _place(self, vllm_config: VllmConfig, sublayer: Sublayer, room: int, normed: bool) -> bool:
+        """Have attention take the joined product as it is; return whether it does."""
+        path = self.architecture.attention
+        if sublayer.branches != ((path,),):
+            return False
+        module: Any = self.get_submodule(path)
+        if not can_place(module, room, vllm_config):
+            return False
+        norm: Any = self.get_submodule(sublayer.norm)
+        module.attn = PlacingAttention(module, room, norm.variance_epsilon, normed)
+        split_at_placing(vllm_config.compilation_config)
+        return True
+
     def _is_gated_mlp(self, builder: LayerBuilder, sublayer: Sublayer) -> bool:
         """Whether a sublayer is one MLP that computes silu(gate)·up, without biases."""
         (branch, *more) = sublayer.branches
@@ -181,12 +200,23 @@ class FusedDecoderLayer(nn.Module):
         writes: Any = self.joined_writes[index]
         if self.late_norms[index]:
             projected = self.joined_reads[index](x)
-            joined = gated(x, projected, size if rank else 0, norm.variance_epsilon)
+            if self.places[index]:
+                joined = self._attend(positions, x, projected)
+            else:
+                joined = gated(x, projected, size if rank else 0, norm.variance_epsilon)
             moved: Tensor = writes.add_to(x, joined)
             return moved
         projected = self.joined_reads[index](norm(x))
-        inputs = torch.split(projected, self.input_sizes[index], dim=-1)
         rounds = rank is not None and x.is_cuda and writes.scaled is not None
+        if self.places[index]:
+            joined = self._attend(positions, x, projected)
+            if not rounds:
+                summed: Tensor = writes.add_to(x, joined)
+                return summed
+            q, scale = rounded(joined, joined[:, :0], None, False, writes.weight.dtype)
+            attended: Tensor = writes.add_rounded_to(x, q, scale)
+            return attended
+        inputs = torch.split(projected, self.input_sizes[index], dim=-1)
         if rounds and self.gates[index]:
             columns, divisor = (inputs[1], _divisor(norm, x)) if rank else (inputs[0][:, :0], None)
             q, scale = rounded(inputs[0], columns, divisor, True, writes.weight.dtype)
@@ -215,6 +245,11 @@ class FusedDecoderLayer(nn.Module):
         written: Tensor = writes.summed(joined) if rank is None else writes.add_to(x, joined)
         return written
 
+    def _attend(self, positions: Tensor, x: Tensor, projected: Tensor) -> Tensor:
+        attention: Any = self.get_submodule(self.architecture.attention)
+        joined: Tensor = attention.attn(positions, x, projected)
+        return joined
+
     def _run(self, branch: Branch, positions: Tensor, y: Tensor) -> Tensor:
         if branch == (self.architecture.attention,):
             result: Tensor = self.get_submodule(branch[0])(positions=positions, hidden_states=y)
@@ -224,6 +259,12 @@ class FusedDecoderLayer(nn.Module):
         for path in branch[1:-1] or branch:
             y = self.get_submodule(path)(y)
         return y
+
+
+def fuses_here() -> bool:
+    """Whether what is joined with norms and rotary embeddings is faster: not on a CPU."""
+    cpu: bool = current_platform.is_cpu()
+    return not cpu
 
 
 def _filled(joined: Tensor, *others: Tensor) -> Tensor:

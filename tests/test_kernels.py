@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from sliceserve.kernels import accumulate as added
 from sliceserve.kernels import gated as compiled
 from sliceserve.kernels.accumulate import accumulate
+from sliceserve.kernels.placed import placed
 from sliceserve.kernels.rounded import FP8, rounded
 
 EPS = 1e-5
@@ -69,6 +70,73 @@ def exactly_joined(a: Tensor, u: Tensor, rho: Tensor | None, gates: bool) -> Ten
     return torch.cat([left, right if rho is None else right * rho.double()], -1)
 
 
+# Tokens, width, heads, heads of keys and values, head size, rank: one row, heads that are shared,
+# odd sizes, no rotation, a program that does some of a token's steps, and one that does all.
+PLACED = [
+    (dtype, size, normed)
+    for normed in (False, True)
+    for dtype in TOLERANCES
+    for size in [(1, 96, 2, 2, 16, 8), (5, 101, 6, 2, 40, 13), (9, 64, 5, 1, 8, 0)]
+]
+PLACED += [(torch.float32, size, False) for size in ((130, 16, 20, 2, 4, 4), (300, 8, 33, 4, 2, 2))]
+
+
+def placed_inputs(
+    dtype: torch.dtype, size: tuple[int, int, int, int, int, int], normed: bool
+) -> tuple[Any, ...]:
+    """A stream and its product, views of wider matrices, and caches that lie as vLLM's do."""
+    tokens, width, heads, kv_heads, head, rank = size
+    x, projected, _ = inputs(dtype, (tokens, width, (heads + 2 * kv_heads) * head // 2, rank))
+    places, angles = tokens + 30, torch.rand(50, head // 2) * 7
+    cos_sin = torch.cat([angles.cos(), angles.sin()], -1).to(dtype)
+    slots = torch.randperm(places)[:tokens]
+    slots[tokens // 2 + 1 :: 3] = -1  # tokens that are not kept
+    blocks, block_size = -(-places // 16), 16
+    if tokens % 2:
+        shape = (blocks, kv_heads, block_size, 2 * head)
+        caches = torch.zeros(shape, dtype=dtype).transpose(1, 2).split(head, -1)
+    else:
+        caches = torch.zeros(blocks, 2, block_size, kv_heads, head, dtype=dtype).unbind(1)
+    queries, joined = x.new_zeros(tokens, heads, head), x.new_zeros(tokens, heads * head + rank)
+    # The last token is of padding, and has no slot.
+    stored = max(1, tokens - 1)
+    positions = torch.randint(0, len(cos_sin), (tokens,))
+    return x, projected, positions, cos_sin, slots[:stored], caches, queries, joined, EPS, normed
+
+
+def exactly_placed(
+    x: Tensor, projected: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor,
+    caches: tuple[Tensor, Tensor], queries: Tensor, joined: Tensor, eps: float, normed: bool,
+) -> list[Tensor]:  # fmt: skip
+    """What is to be written, one token and one head at a time, in float64."""
+    heads, kv_heads, size = queries.shape[1], caches[0].shape[2], queries.shape[2]
+    keys, values, queries, joined = (
+        torch.zeros_like(t).double() for t in (*caches, queries, joined)
+    )
+    half = size // 2
+    for token, (row, stream) in enumerate(zip(projected.double(), x.double(), strict=True)):
+        angles = cos_sin[positions[token]].double()
+        turn = torch.complex(angles[:half], angles[half:])
+        rho = (stream.square().mean() + eps).sqrt()
+        divided = row if normed else row / rho
+
+        def head(number: int, turn: Tensor = turn, row: Tensor = divided) -> Tensor:
+            own = row[number * size : (number + 1) * size]
+            turned = torch.complex(own[:half], own[half:]) * turn
+            return torch.cat([turned.real, turned.imag])
+
+        queries[token] = torch.stack([head(number) for number in range(heads)])
+        last = row[(heads + 2 * kv_heads) * size :]
+        joined[token, len(joined[token]) - len(last) :] = last * rho if normed else last
+        if token >= len(slots) or slots[token] < 0:
+            continue
+        block, place = divmod(int(slots[token]), keys.shape[1])
+        for number in range(kv_heads):
+            keys[block, place, number] = head(heads + number)
+            values[block, place, number] = head(heads + kv_heads + number, torch.ones_like(turn))
+    return [keys, values, queries, joined]
+
+
 def rows_of_all_sizes() -> tuple[Tensor, Tensor, None, bool]:
     """Rows of nothing, of little and of nearly all that float32 holds, and halves of a step."""
     halves = torch.arange(-127, 127) + 0.5
@@ -88,6 +156,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]
             *((*rounded_inputs(*case), torch.int8) for case in ROUNDED),
             (*rows_of_all_sizes(), torch.int8),
         ],
+        "placed": [placed_inputs(*case) for case in PLACED],
     }
     torch.save(cases, work / "inputs")
     subprocess.run(
@@ -108,6 +177,26 @@ def test_the_kernel_is_the_formula(index: int, interpreted: dict[str, list[Any]]
     assert y.dtype == dtype
     assert_close(y.double(), exact(x, projected, rank), rtol=tolerance, atol=tolerance)
     assert torch.equal(y[:, size[2] :], projected[:, 2 * size[2] :])
+
+
+@pytest.mark.parametrize("index", range(len(PLACED)))
+def test_queries_keys_and_values_are_placed(index: int, interpreted: dict[str, list[Any]]) -> None:
+    dtype, size, normed = PLACED[index]
+    arguments, tolerance = placed_inputs(dtype, size, normed), TOLERANCES[dtype]
+    exact = exactly_placed(*arguments)
+    placed(*arguments)
+    *_, caches, queries, joined, _, _ = arguments
+    for written in (interpreted["placed"][index], (*caches, queries, joined)):
+        for found, expected in zip(written, exact, strict=True):
+            assert found.dtype == dtype
+            assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_what_is_placed_must_fit() -> None:
+    arguments = list(placed_inputs(torch.float32, (5, 101, 6, 2, 40, 13), False))
+    arguments[7] = arguments[7][:, :12]
+    with pytest.raises(ValueError, match=r"placed: .* joined \[5, 12\]"):
+        placed(*arguments)
 
 
 @pytest.mark.parametrize("index", range(len(ROUNDED)))

@@ -36,8 +36,8 @@ def run_vllm(
     """Generate with each of some models, in float32 or by options of its own.
 
     With `count`, the all-reduces of a step are counted, which shows those that are not compiled;
-    with `pieces`, a CPU compiles as a GPU does, its attention writes rows that lie apart, and what
-    was compiled is counted; with `memory`, what is allocated while models are loaded.
+    with `pieces`, a CPU compiles and fuses as a GPU does, its attention writes rows that lie apart,
+    and what was compiled is counted; with `memory`, what is allocated while models are loaded.
     """
     variants = variants or [{"dtype": "float32"}] * len(directories)
     request = {"prompts": prompts, "tokens": tokens, "variants": variants}
@@ -163,7 +163,6 @@ def others(tmp_path_factory: pytest.TempPathFactory, uneven: Path) -> dict[str, 
             {"pipeline_parallel_size": 2},
             id="pp2-compiled",
         ),
-        pytest.param(["llama-tied-rank-24"], {"tensor_parallel_size": 2}, id="tp2-compiled"),
     ],
 )
 def test_vllm_agrees_for_every_architecture(
@@ -179,12 +178,15 @@ def test_layers_of_equal_width_are_compiled_once(
 ) -> None:
     """However many, as in the dense model: what is before attention, between two and after it."""
     short, long = (tiny_config(num_hidden_layers=layers) for layers in (2, 6))
+    biased = tiny_config(num_hidden_layers=2, attention_bias=True)
     models = {
         "dense-6": save_tiny(tmp_path / "dense-6", long, torch.float32),
         "low-rank-2": save_sliced(tmp_path / "low-rank-2", short, [64] * 5, [8] * 4),
         "low-rank-6": save_sliced(tmp_path / "low-rank-6", long, [64] * 13, [8] * 12),
         "uneven": others["uneven"],
         "phi": others["phi"],
+        "qwen3": save_sliced(tmp_path / "qwen3", OTHER_CONFIGS["qwen3"], [64] * 7, [8] * 6),
+        "biases": save_sliced(tmp_path / "biases", biased, [64] * 5, [8] * 4),
     }
     # What earlier runs compiled is not known.
     monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "0")
@@ -196,13 +198,17 @@ def test_layers_of_equal_width_are_compiled_once(
         check_agreement(model, found["outputs"])
         compiled[name] = found["compiled"]
         # Room was made beside what attention writes, which is not looked at on a GPU.
-        assert torch.cuda.is_available() or found["apart"] == [name != "dense-6"]
+        assert torch.cuda.is_available() or found["apart"][-1] == (name != "dense-6")
+        placed = ["late"] if name.startswith("low-rank") else ["normed"] * (name == "biases")
+        assert torch.cuda.is_available() or found["placed"] == placed
     assert compiled == {
         "dense-6": {"pieces": 7, "different": 3},
         "low-rank-2": {"pieces": 3, "different": 3},
         "low-rank-6": {"pieces": 7, "different": 3},
         "uneven": {"pieces": 4, "different": 3},
         "phi": {"pieces": 4, "different": 3},
+        "qwen3": {"pieces": 4, "different": 3},
+        "biases": {"pieces": 3, "different": 3},
     }
 
 
@@ -228,6 +234,14 @@ def test_two_ranks_agree_and_rotations_need_no_all_reduce_of_their_own(
         # Phi's attention and MLP share a sublayer.
         sublayers = (1 if model == others["phi"] else 2) * config["num_hidden_layers"]
         assert result["all_reduces"] == [1 + sublayers] * 2, model
+
+
+def test_two_ranks_agree_compiled_and_fused_as_on_a_gpu(others: dict[str, Path]) -> None:
+    """Of rotations both ranks have a part, or only the first."""
+    models = [others[f"llama-tied-{label}"] for label in ("rank-24", "low-rank")]
+    run = run_vllm(models, PROMPTS, 12, {"tensor_parallel_size": 2}, pieces=True)
+    for model, result in zip(models, read_results(run, len(models)), strict=True):
+        check_agreement(model, result["outputs"])
 
 
 def test_two_engines_side_by_side_agree(others: dict[str, Path]) -> None:

@@ -17,6 +17,9 @@ from vllm.platforms import current_platform
 # Processes that vLLM spawns import this module too.
 PRODUCTS = stand_in_where_needed()
 
+AS_ON_A_GPU = "TESTS_RUN_AS_ON_A_GPU"  # is set for them, too
+# Of attention's output, whether rows lay apart; of its input, how it was normed.
+SEEN: tuple[set[bool], set[str]] = (set(), set())
 DEFAULTS = {
     "max_model_len": 128,
     "max_num_seqs": 8,
@@ -42,10 +45,10 @@ def main(
     pieces: bool = False,
     memory: bool = False,
 ) -> None:
-    apart: set[bool] = set()
+    apart, placed = SEEN
     if pieces and current_platform.is_cpu():
-        write_rows_apart(apart)
-        compile_in_pieces()
+        os.environ[AS_ON_A_GPU] = "1"
+        run_as_on_a_gpu()
     if count:
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions are sent to the workers
     loading: dict[str, int] = {}
@@ -53,12 +56,21 @@ def main(
         measure_loading(loading)
     for directory, variant in zip(directories, variants, strict=True):
         apart.clear()
+        placed.clear()
         if "data_parallel_size" in options:
             results = asyncio.run(generate_apart(directory, prompts, tokens, variant | options))
         else:
             results = generate(directory, prompts, tokens, variant | options, count)
-        results |= {"apart": sorted(apart), "loading": loading}
+        results |= {"apart": sorted(apart), "placed": sorted(placed), "loading": loading}
         print("RESULT " + json.dumps(results), flush=True)
+
+
+def run_as_on_a_gpu() -> None:
+    """Have a CPU compile, fuse and write as a GPU does."""
+    apart, placed = SEEN
+    write_rows_apart(apart)
+    fuse_all(placed)
+    compile_in_pieces()
 
 
 def write_rows_apart(seen: set[bool]) -> None:
@@ -78,6 +90,20 @@ def write_rows_apart(seen: set[bool]) -> None:
 
     CPUAttentionBackendImpl.forward = forward_apart
     roomy.WRITES_APART += ("CPU_ATTN",)
+
+
+def fuse_all(seen: set[str]) -> None:
+    """Have a CPU fuse what a GPU does; note how attention has its norm."""
+    from sliceserve.server import fused, placing
+
+    fused.fuses_here = lambda: True
+    turned = placing.turned
+
+    def noting(*arguments: Any) -> Any:
+        seen.add("normed" if arguments[-1] else "late")
+        return turned(*arguments)
+
+    placing.turned = noting
 
 
 def compile_in_pieces() -> None:
@@ -209,6 +235,9 @@ async def generate_apart(
     llm.shutdown()
     return {"outputs": outputs}
 
+
+if os.environ.get(AS_ON_A_GPU):
+    run_as_on_a_gpu()
 
 if __name__ == "__main__":
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
