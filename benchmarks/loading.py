@@ -23,7 +23,7 @@ GB = 1e9
 COLUMNS = ("model", "stored, GB", "peak while loading, GB", "loaded, GB", "a step more, GB", "s")
 
 
-def measure(directory: Path, quantization: str | None) -> dict[str, float]:
+def measure(directory: Path, quantization: str | None, load_format: str) -> dict[str, float]:
     """Load a model in this process; return gigabytes and seconds."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # torch counts for a process
     import torch
@@ -47,6 +47,7 @@ def measure(directory: Path, quantization: str | None) -> dict[str, float]:
     llm = LLM(
         model=str(directory),
         quantization=quantization,
+        load_format=load_format,
         max_model_len=2064,
         max_num_batched_tokens=8192,
         enforce_eager=True,
@@ -60,9 +61,9 @@ def measure(directory: Path, quantization: str | None) -> dict[str, float]:
     return found
 
 
-def run(directory: Path, quantization: str | None) -> dict[str, Any]:
+def run(directory: Path, quantization: str | None, load_format: str) -> dict[str, Any]:
     """Measure a model in a process of its own."""
-    command = [sys.executable, __file__, str(directory), "--here"]
+    command = [sys.executable, __file__, str(directory), "--here", "--load-format", load_format]
     command += ["--quantization", quantization] if quantization else []
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in result.stdout.splitlines() if line.startswith(MARK)]
@@ -77,14 +78,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR")
     parser.add_argument("--quantization", help="by vLLM while it loads: fp8_per_channel")
+    parser.add_argument(
+        "--load-format", default="auto", help="dummy: of a config, as make_shape.py writes it"
+    )
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
-        print(MARK + json.dumps(measure(options.directories[0], options.quantization)), flush=True)
+        found = measure(options.directories[0], options.quantization, options.load_format)
+        print(MARK + json.dumps(found), flush=True)
         return
     print(f"| {' | '.join(COLUMNS)} |\n| --- |{' ---: |' * (len(COLUMNS) - 1)}", flush=True)
     for directory in options.directories:
-        row = run(directory, options.quantization)
+        row = run(directory, options.quantization, options.load_format)
         cells = [f"{row[name]:.2f}" for name in COLUMNS[1:]]
         print(f"| {row['model']} | {' | '.join(cells)} |", flush=True)
 

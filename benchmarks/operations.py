@@ -31,11 +31,20 @@ from sliceserve.slicing.shape import sliced_width
 EPS = 1e-5
 HEAD, BLOCK = 128, 16  # the size of a head, and tokens of a block of the KV cache
 CALLS, REPLAYS = 8, 10
+ROUNDED = {"rounded to fp8": FP8, "rounded to int8": torch.int8}
+NAMES = (
+    "gated",
+    "placed",
+    "accumulate",
+    *(f"{name}{of}" for name in ROUNDED for of in (", gated", "")),
+)
+
+Forms = tuple[Callable[[], object], Callable[[], object]]  # compiled, and ours
 
 
-def microseconds(compiled: Callable[[], object], ours: Callable[[], object]) -> tuple[float, float]:
+def microseconds(forms: Forms) -> tuple[float, float]:
     """Return the times of a call of each."""
-    first, second = seconds_in_turn([compiled, ours], CALLS, REPLAYS)
+    first, second = seconds_in_turn(forms, CALLS, REPLAYS)
     return first * 1e6, second * 1e6
 
 
@@ -68,10 +77,8 @@ def turned_and_joined(
     return turned
 
 
-def measure_placed(
-    tokens: int, heads: int, kv_heads: int, width: int, rank: int
-) -> tuple[float, float]:
-    """Return the microseconds from a product to attention, and those of the norm before it."""
+def placing(tokens: int, heads: int, kv_heads: int, width: int, rank: int) -> Forms:
+    """Return what is between a product and attention, and the norm before it, compiled and ours."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.bfloat16, device="cuda")
@@ -93,7 +100,7 @@ def measure_placed(
     def ours() -> None:
         placed(x, projected, positions, cos_sin, slots, caches, queries, joined, EPS, False)
 
-    return microseconds(compiled, ours)
+    return compiled, ours
 
 
 def added(x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
@@ -101,16 +108,14 @@ def added(x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
     return x + linear(a, weight)
 
 
-def measure(
+def operations(
     tokens: int, hidden: int, kv_heads: int, width: int, inner: int, rank: int
-) -> dict[str, tuple[float, float]]:
-    """Return the microseconds of each operation, compiled and ours."""
+) -> dict[str, Forms]:
+    """Return the operations by name."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.bfloat16, device="cuda") / 64
 
-    torch.compiler.reset()
-    at_attention = measure_placed(tokens, hidden // HEAD, kv_heads, width, rank)
     x, projected = random(tokens, width), random(tokens, 2 * inner + rank)
     a, weight = random(tokens, inner + rank), random(width, inner + rank)
     rho = torch.rand(tokens, 1, device="cuda")
@@ -118,17 +123,15 @@ def measure(
     joins, adds, rounds = map(torch.compile, (normed_and_joined, added, reference))
     gate_up, u = projected.split([2 * inner, rank], dim=-1)
     found = {
-        "gated": microseconds(
-            lambda: joins(x, projected, rank), lambda: gated(x, projected, rank, EPS)
-        ),
-        "placed": at_attention,
-        "accumulate": microseconds(lambda: adds(x, a, weight), lambda: accumulate(x, a, weight)),
+        "gated": (lambda: joins(x, projected, rank), lambda: gated(x, projected, rank, EPS)),
+        "placed": placing(tokens, hidden // HEAD, kv_heads, width, rank),
+        "accumulate": (lambda: adds(x, a, weight), lambda: accumulate(x, a, weight)),
     }
-    for name, dtype in {"fp8": FP8, "int8": torch.int8}.items():
+    for name, dtype in ROUNDED.items():
         gates = (gate_up, u, rho, True, dtype)
         joined = (attention, beside, None, False, dtype)
-        for key, case in {f"rounded to {name}, gated": gates, f"rounded to {name}": joined}.items():
-            found[key] = microseconds(partial(rounds, *case), partial(rounded, *case))
+        for key, case in {f"{name}, gated": gates, name: joined}.items():
+            found[key] = partial(rounds, *case), partial(rounded, *case)
     return found
 
 
@@ -137,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("shapes", nargs="+", choices=GATED)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 256, 1024, 8192])
+    parser.add_argument("--only", nargs="+", choices=NAMES, help="some, by the names in the table")
     options = parser.parse_args()
     print(
         "| operation | shape | " + " | ".join(f"{count} tokens" for count in options.tokens) + " |"
@@ -146,7 +150,11 @@ def main() -> None:
         hidden, inner = SHAPES[shape]["hidden_size"], SHAPES[shape]["intermediate_size"]
         width, rank = sliced_width(hidden, 0.25, 128), default_rank(hidden)
         kv_heads = SHAPES[shape].get("num_key_value_heads", hidden // HEAD)
-        columns = [measure(count, hidden, kv_heads, width, inner, rank) for count in options.tokens]
+        columns = []
+        for count in options.tokens:
+            torch.compiler.reset()
+            found = operations(count, hidden, kv_heads, width, inner, rank)
+            columns.append({name: microseconds(found[name]) for name in options.only or found})
         for name in columns[0]:
             cells = (
                 f"{compiled:.1f} → {ours:.1f} ({ours / compiled:.2f})"

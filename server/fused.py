@@ -35,7 +35,7 @@ from vllm.platforms import current_platform
 from sliceserve.kernels.gated import gated
 from sliceserve.kernels.rounded import rounded
 from sliceserve.server.joined import JoinedLinear, Part, shard
-from sliceserve.server.layers import LayerBuilder, Shapes, add_module, sliced_norm
+from sliceserve.server.layers import LayerBuilder, Shapes, add_module, replace, sliced_norm
 from sliceserve.server.packed import group_size, padding
 from sliceserve.server.placing import PlacingAttention, can_place, split_at_placing
 from sliceserve.server.roomy import RoomyAttention, can_make_room
@@ -125,7 +125,8 @@ class FusedDecoderLayer(nn.Module):
         """Add a branch's modules; return the parts that it reads with and that it writes with."""
         if branch == (self.architecture.attention,):
             attention: Any = builder.attention(sublayer)
-            attention.qkv_proj = attention.o_proj = _Passed()
+            for name in ("qkv_proj", "o_proj"):
+                replace(attention, name, _Passed())
             add_module(self, self.architecture.attention, attention)
             return _attention_parts(attention, *linears_of(sublayer, branch))
         reads, write = linears_of(sublayer, branch)

@@ -66,7 +66,7 @@ class LayerBuilder:
         if path == self.architecture.attention:
             attention: Any = self.attention(sublayer)
             (write,) = (name for name in sublayer.writes if name.startswith(f"{path}."))
-            attention.o_proj = self.linear(RowParallelLinear, write)
+            replace(attention, "o_proj", self.linear(RowParallelLinear, write))
             return attention  # type: ignore[no-any-return]
         if path in sublayer.reads:
             return self.linear(ColumnParallelLinear, path)
@@ -147,7 +147,7 @@ class LayerBuilder:
             bias=self.has_bias(sublayer.reads[0]),
             prefix=f"{self.prefix}.mlp",
         )
-        mlp.down_proj = self.linear(RowParallelLinear, write)
+        replace(mlp, "down_proj", self.linear(RowParallelLinear, write))
         return mlp
 
 
@@ -209,6 +209,16 @@ class SlicedDecoderLayer(nn.Module):
                 # vLLM's linears return their bias as well.
                 x = result[0] if isinstance(result, tuple) else result
         return x
+
+
+def replace(module: nn.Module, name: str, new: nn.Module) -> None:
+    """Put another module in the place of one of vLLM's, whose weights are let go of.
+
+    They refer to it, and it to them: Python would keep them until it looks for such circles.
+    """
+    for parameter in module.get_submodule(name).parameters():
+        parameter.data = parameter.data.new_empty(0)
+    setattr(module, name, new)
 
 
 def add_module(layer: nn.Module, path: str, module: nn.Module) -> None:
