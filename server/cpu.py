@@ -1,5 +1,9 @@
-"""Weights that vLLM cannot multiply on this CPU, or not rightly, refused before they run."""
+"""Weights that vLLM cannot multiply on this CPU, or not rightly, refused before they run.
 
+Where another of its products can, that is chosen.
+"""
+
+import functools
 from typing import Any
 
 import torch
@@ -36,6 +40,33 @@ def check_products(scheme: Scheme | None, products: Any) -> None:
             f"{scheme} cannot be served on this CPU: without VNNI, sums of vLLM's products of "
             "eight bits saturate, and answers are wrong"
         )
+
+
+TILE = 32  # outputs of vLLM's product of eight bits by AMX, all of which it wants
+
+
+def choose_products(kernels: Any) -> None:
+    """Have vLLM multiply eight bits by AMX only where its product for that can.
+
+    That takes activations of 16 bits, and whole tiles of outputs. vLLM 0.32 gives it others too,
+    and fails while it loads a model or at its first request; oneDNN's product takes them all.
+
+    Args:
+        kernels: vLLM's module of products of eight bits for CPUs, which asks for each matrix
+            [outputs, inputs] while it is loaded; called again, this changes nothing.
+
+    """
+    fits = kernels.check_cpu_sgl_kernel
+    if hasattr(fits, "__wrapped__"):
+        return
+
+    @functools.wraps(fits)
+    def fits_in_tiles(outputs: int, inputs: int, dtype: torch.dtype) -> bool:
+        # While a model is made, the default dtype is the model's.
+        whole = outputs % TILE == 0 and torch.get_default_dtype().itemsize == 2
+        return bool(fits(outputs, inputs, dtype)) and (whole or dtype != torch.int8)
+
+    kernels.check_cpu_sgl_kernel = fits_in_tiles
 
 
 def saturates() -> bool:

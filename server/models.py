@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
+from vllm.model_executor.kernels.linear.scaled_mm import cpu as cpu_kernels
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -27,7 +28,7 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from sliceserve.server.cpu import check_products
+from sliceserve.server.cpu import check_products, choose_products
 from sliceserve.server.drafts import dispatch_drafts
 from sliceserve.server.fused import FusedDecoderLayer
 from sliceserve.server.joined import JoinedLinear
@@ -170,6 +171,7 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
         check_dtype(scheme, model_config.dtype)
         if current_platform.is_cpu():
             check_products(scheme, torch.ops._C)
+            choose_products(cpu_kernels)
         self.config = config
         self.shapes, self.stored = expected_shapes(config), stored_shapes(config)
         # A matrix that is one in the checkpoint too has one adapter.

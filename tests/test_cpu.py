@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 from vllm import _custom_ops as ops
+from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
 
-from sliceserve.server.cpu import check_products, saturates
+from sliceserve.server.cpu import check_products, choose_products, saturates
 from sliceserve.slicing.quantised import SCHEMES
 
 EVERY = SimpleNamespace(cpu_gemm_wna16=None, create_onednn_scaled_mm_handler=None)
@@ -65,3 +67,31 @@ def test_it_is_vllms_own_product_that_is_tried() -> None:
         assert saturates() == wrong
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_amx_multiplies_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where this CPU has AMX, vLLM's own product is asked as well."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    kernels = SimpleNamespace(check_cpu_sgl_kernel=check_cpu_sgl_kernel)
+    choose_products(kernels)
+    chosen = kernels.check_cpu_sgl_kernel
+    choose_products(kernels)
+    assert kernels.check_cpu_sgl_kernel is chosen
+    shapes = [(32, 32), (48, 64), (432, 576), (160, 96)]
+    assert not any(chosen(*shape, torch.int8) for shape in shapes)
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
+    assert [chosen(*shape, torch.int8) for shape in shapes] == [True, False, False, True]
+    for shape in (*shapes, (32, 24)):  # of other weights vLLM decides
+        assert chosen(*shape, torch.bfloat16) == check_cpu_sgl_kernel(*shape, torch.bfloat16)
+    monkeypatch.undo()
+    if torch.cpu._is_amx_tile_supported():
+        for outputs, inputs in shapes:
+            weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+            if outputs % 32:
+                with pytest.raises(RuntimeError, match="BLOCK_N"):
+                    torch.ops._C.convert_weight_packed(weight)
+            else:
+                packed = torch.ops._C.convert_weight_packed(weight)
+                x, scales = torch.full((1, inputs), 127.0).bfloat16(), torch.ones(outputs, 1)
+                y = torch.ops._C.int8_scaled_mm_with_quant(x, packed, scales, None, x.dtype, True)
+                assert_close(y.double(), x.double() @ weight.double().T, rtol=1e-2, atol=0)
