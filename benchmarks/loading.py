@@ -5,8 +5,9 @@
     python benchmarks/loading.py DENSE SLICED
 
 Each model is loaded in a process of its own, in the stored dtype, without compilation. The peak is
-what torch has allocated at most between the loader's start and its end, which is before the KV
-cache and the first step; serving takes what was loaded, the KV cache and a step's activations.
+what torch has allocated at most between the loader's start and its end, without what the engine
+had allocated before. The KV cache and the first step come after; serving takes what was loaded,
+the KV cache and a step's activations.
 """
 
 import argparse
@@ -34,12 +35,14 @@ def measure(directory: Path, quantization: str | None, load_format: str) -> dict
     load_model = BaseModelLoader.load_model
 
     def counted(self: BaseModelLoader, *arguments: Any, **named: Any) -> Any:
+        before = torch.accelerator.memory_allocated()
         torch.accelerator.reset_peak_memory_stats()
         start = time.perf_counter()
         model = load_model(self, *arguments, **named)
         found["s"] = time.perf_counter() - start
-        found["peak while loading, GB"] = torch.accelerator.max_memory_allocated() / GB
-        found["loaded, GB"] = torch.accelerator.memory_allocated() / GB
+        peak = torch.accelerator.max_memory_allocated()
+        found["peak while loading, GB"] = (peak - before) / GB
+        found["loaded, GB"] = (torch.accelerator.memory_allocated() - before) / GB
         torch.accelerator.reset_peak_memory_stats()
         return model
 
