@@ -82,7 +82,9 @@ def main() -> None:
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR")
     parser.add_argument("--quantization", help="by vLLM while it loads: fp8_per_channel")
     parser.add_argument(
-        "--load-format", default="auto", help="dummy: of a config, as make_shape.py writes it"
+        "--load-format",
+        default="auto",
+        help="dummy: random weights, for a DIR with a config only (make_shape.py)",
     )
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

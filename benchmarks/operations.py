@@ -57,20 +57,20 @@ def normed_and_joined(x: Tensor, projected: Tensor, rank: int) -> tuple[Tensor, 
     return normed, torch.cat([silu(gate) * up, beside * square.sqrt().to(x.dtype)], dim=-1)
 
 
-def normed(x: Tensor) -> Tensor:
-    """Return what the product reads."""
-    return (x.float() * (x.float().square().mean(-1, keepdim=True) + EPS).rsqrt()).to(x.dtype)
+def normed(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the product reads, and what the norm divided by."""
+    square = x.float().square().mean(-1, keepdim=True) + EPS
+    return (x.float() * square.rsqrt()).to(x.dtype), square.sqrt().to(x.dtype)
 
 
 def turned_and_joined(
-    x: Tensor, projected: Tensor, positions: Tensor, cos_sin: Tensor, joined: Tensor, heads: int,
+    rho: Tensor, projected: Tensor, positions: Tensor, cos_sin: Tensor, joined: Tensor, heads: int,
     kv_heads: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return queries and keys, as vLLM has them compiled, and write the rotation's columns."""
     sizes = [heads * HEAD, kv_heads * HEAD, kv_heads * HEAD]
     q, k, _, u = projected.split([*sizes, projected.shape[1] - sum(sizes)], dim=-1)
-    rho = (x.float().square().mean(-1, keepdim=True) + EPS).sqrt()
-    joined[:, heads * HEAD :] = u * rho.to(x.dtype)
+    joined[:, heads * HEAD :] = u * rho
     turned: tuple[Tensor, Tensor] = RotaryEmbedding.forward_static(
         positions, q, k, HEAD, HEAD, cos_sin, True
     )
@@ -92,8 +92,8 @@ def placing(tokens: int, heads: int, kv_heads: int, width: int, rank: int) -> Fo
     values = projected[:, (heads + kv_heads) * HEAD : (heads + 2 * kv_heads) * HEAD]
 
     def compiled() -> None:
-        norms(x)
-        _, keys = turns(x, projected, positions, cos_sin, joined, heads, kv_heads)
+        _, rho = norms(x)
+        _, keys = turns(rho, projected, positions, cos_sin, joined, heads, kv_heads)
         key_and_value = (part.unflatten(-1, (kv_heads, HEAD)) for part in (keys, values))
         vllm_operations.reshape_and_cache_flash(*key_and_value, *caches, slots, "auto", one, one)
 

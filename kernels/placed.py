@@ -9,8 +9,8 @@ and where it did not wait, p = (x/ρ)·[…], the same of R(q), R(k), v and ρu.
 [tokens, (heads + 2·kv_heads)·size + rank], queries [tokens, heads, size], the caches [blocks, block
 size, kv_heads, size], joined [tokens, in] what [W_o ; B] multiplies, whose first columns attention
 writes; rank may be 0. R turns the pairs (i, i + size/2) of a head, of which a row of cos_sin holds
-the cosines and then the sines. One kernel reads x and p once, where there are a norm, a rotary
-embedding, a concatenation and a copy into the cache otherwise.
+the cosines and then the sines. One kernel reads p once, where there are a norm, a rotary embedding,
+a concatenation and a copy into the cache otherwise.
 """
 
 from typing import Any
@@ -94,8 +94,8 @@ def reference(
 
 
 if triton is not None:
-
-    @triton.jit  # type: ignore[untyped-decorator]
+    # What differs from step to step, or before there is a cache: no kernel is to be compiled anew.
+    @triton.jit(do_not_specialize=["stored", "block_size"])  # type: ignore[untyped-decorator]
     def _placed(  # type: ignore[no-untyped-def]
         x_ptr, p_ptr, position_ptr, turn_ptr, slot_ptr, key_ptr, value_ptr, q_ptr, joined_ptr,
         width, heads, kv_heads, half, rank, eps, stored, block_size, x_stride, p_stride,

@@ -11,6 +11,7 @@ import torch
 from sliceserve.slicing.quantised import Scheme
 
 LARGEST, INPUTS, OUTPUTS = 127, 64, 16  # of a product that shows whether sums saturate
+TILE = 32  # outputs of vLLM's product of eight bits by AMX
 
 
 def check_products(scheme: Scheme | None, products: Any) -> None:
@@ -40,9 +41,6 @@ def check_products(scheme: Scheme | None, products: Any) -> None:
             f"{scheme} cannot be served on this CPU: without VNNI, sums of vLLM's products of "
             "eight bits saturate, and answers are wrong"
         )
-
-
-TILE = 32  # outputs of vLLM's product of eight bits by AMX, all of which it wants
 
 
 def choose_products(kernels: Any) -> None:

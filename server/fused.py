@@ -9,10 +9,10 @@ With h = norm(x), a the branches' outputs and [a ‖ b] a concatenation, a subla
 
 On a GPU the division by ρ of a gated MLP, and of attention like Llama's, waits until after the
 product that reads (`kernels.gated`, `kernels.placed`): there u = x·A is what the rotation goes on
-with. What is added to x is added where x lies (`kernels.accumulate`). With quantised weights
-neither is so. In fp8 the compiler makes
-one kernel of the addition, the norm and its rounding. Where vLLM multiplies eight bits by CUTLASS
-with a scale a token, `kernels.rounded` makes one of what remains.
+with. What is added to x is added where x lies (`kernels.accumulate`). With quantised weights no
+norm waits. In fp8 the compiler makes one kernel of the addition, the norm and its rounding. Where
+vLLM multiplies eight bits by CUTLASS with a scale a token, `kernels.rounded` makes one of what
+remains.
 
 The columns of x (or of u) are sharded over tensor-parallel ranks as those of a are, so that one
 all-reduce sums both. Where it can, attention writes into the matrix [a ‖ ·] itself
@@ -98,10 +98,10 @@ class FusedDecoderLayer(nn.Module):
             gates = self._is_gated_mlp(builder, sublayer)
             # In float16 the product could overflow; what rounds a token's row norms it on the way.
             plain = builder.quant_config is None and builder.dtype != torch.float16
-            late = rank is not None and plain and fuses_here()
-            places = rank is not None and fuses_here()
+            fuses = rank is not None and fuses_here()
+            late = fuses and plain
             normed = not late or any(map(builder.has_bias, sublayer.reads))
-            places = places and self._place(vllm_config, sublayer, room, normed)
+            places = fuses and self._place(vllm_config, sublayer, room, normed)
             self.joins.append(not places and not self._make_room(vllm_config, sublayer, room))
             self.gates.append(gates)
             self.late_norms.append(late and (gates or (places and not normed)))
@@ -263,7 +263,7 @@ class FusedDecoderLayer(nn.Module):
 
 
 def fuses_here() -> bool:
-    """Whether what is joined with norms and rotary embeddings is faster: not on a CPU."""
+    """Whether a norm joined with what follows is faster than the two apart: not on a CPU."""
     cpu: bool = current_platform.is_cpu()
     return not cpu
 

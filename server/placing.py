@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.library import Library
 from vllm.config import CompilationConfig, CompilationMode, VllmConfig
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.models.llama import LlamaAttention
@@ -22,6 +23,8 @@ from vllm.utils.torch_utils import (
 
 from sliceserve.kernels.placed import placed, turned
 from sliceserve.server.roomy import can_make_room
+
+_logger = init_logger("vllm.sliceserve.placing")
 
 OPERATION, UPDATE = "sliceserve::place", "vllm::unified_kv_cache_update"
 SAME = "auto"  # what vLLM calls a KV cache of the model's dtype
@@ -42,19 +45,27 @@ def _place(
     _, layer, kv_cache, slots = get_attention_context(_resolve_layer_name(layer_name))
     heads, size = queries.shape[1:]
     kv_heads = layer.num_kv_heads
-    if slots is None:  # a step that only measures memory
-        slots = positions[:0]
+    if slots is None:  # a step that only measures memory: nothing is kept
         nothing = queries.new_empty(0, 1, kv_heads, size)
         caches: tuple[Tensor, Tensor] | None = (nothing, nothing)
+        kept = positions[:0]
     else:
-        caches = split_cache(kv_cache, kv_heads, size)
+        caches, kept = split_cache(kv_cache, kv_heads, size), slots
     if caches is not None:
-        placed(x, projected, positions, cos_sin, slots, caches, queries, joined, eps, normed)
-    else:
-        q, k, v, u = turned(x, projected, cos_sin[positions], heads, kv_heads, eps, normed)
-        queries.copy_(q)
-        joined[:, joined.shape[1] - u.shape[1] :] = u
-        layer.impl.do_kv_cache_update(layer, k, v, kv_cache, slots)
+        placed(x, projected, positions, cos_sin, kept, caches, queries, joined, eps, normed)
+        return queries.new_empty(0)
+    if not kv_cache.is_cpu:
+        _logger.warning_once(
+            "A KV cache of shape %s is not known; it is written without our kernel, which is slow.",
+            tuple(kv_cache.shape),
+        )
+    q, k, v, u = turned(x, projected, cos_sin[positions], heads, kv_heads, eps, normed)
+    queries.copy_(q)
+    joined[:, joined.shape[1] - u.shape[1] :] = u
+    # Some of vLLM's attention reads them from here as well.
+    for own, part in zip(keys_and_values(projected, heads, kv_heads, size), (k, v), strict=True):
+        own.copy_(part)
+    layer.impl.do_kv_cache_update(layer, k, v, kv_cache, slots)
     return queries.new_empty(0)
 
 
@@ -77,7 +88,7 @@ _LIBRARY = Library(OPERATION.split("::")[0], "FRAGMENT")  # type: ignore[no-unty
 direct_register_custom_op(
     op_name=OPERATION.split("::")[1],
     op_func=_place,
-    mutates_args=["queries", "joined"],
+    mutates_args=["projected", "queries", "joined"],
     fake_impl=_nothing,
     target_lib=_LIBRARY,
 )
@@ -90,7 +101,7 @@ def split_cache(kv_cache: Tensor, kv_heads: int, size: int) -> tuple[Tensor, Ten
     0.24 keeps it as [blocks, 2, block size, kv_heads, size], 0.32 as [blocks, kv_heads, block size,
     2·size].
     """
-    if not kv_cache.is_cuda and kv_cache.device.type != "meta":
+    if kv_cache.is_cpu:
         return None  # what a CPU multiplies lies in tiles
     if kv_cache.ndim == 5 and kv_cache.shape[1] == 2 and kv_cache.shape[3:] == (kv_heads, size):
         keys, values = kv_cache.unbind(1)
@@ -99,6 +110,15 @@ def split_cache(kv_cache: Tensor, kv_heads: int, size: int) -> tuple[Tensor, Ten
         keys, values = torch.split(kv_cache.transpose(1, 2), size, dim=-1)
         return keys, values
     return None
+
+
+def keys_and_values(
+    projected: Tensor, heads: int, kv_heads: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """Return the views of a product that are k and v, [tokens, kv_heads, size]."""
+    sizes = [heads * size, kv_heads * size, kv_heads * size]
+    _, k, v = torch.split(projected[:, : sum(sizes)], sizes, dim=-1)
+    return k.view(-1, kv_heads, size), v.view(-1, kv_heads, size)
 
 
 class PlacingAttention(nn.Module):
@@ -131,9 +151,7 @@ class PlacingAttention(nn.Module):
         output = joined[:, :width].view(-1, heads, size)
         queries = x.new_empty(tokens, heads, size)
         # Attention reads keys and values from the cache; it wants some of their shape.
-        sizes = [width, kv_heads * size, kv_heads * size]
-        _, keys, values = torch.split(projected[:, : sum(sizes)], sizes, dim=-1)
-        keys, values = (part.view(tokens, kv_heads, size) for part in (keys, values))
+        keys, values = keys_and_values(projected, heads, kv_heads, size)
         name = _encode_layer_name(layer.layer_name)
         cos_sin = self.rotary.cos_sin_cache
         written = torch.ops.sliceserve.place(

@@ -4,19 +4,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from oldest import OLDEST
 from torch import Tensor
 from torch.nn.functional import silu
 from torch.testing import assert_close
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends import flash_attn
 
 from sliceserve.kernels import accumulate as added
 from sliceserve.kernels import gated as compiled
 from sliceserve.kernels.accumulate import accumulate
 from sliceserve.kernels.placed import placed
 from sliceserve.kernels.rounded import FP8, rounded
+from sliceserve.server.placing import split_cache
 
 EPS = 1e-5
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -78,7 +83,7 @@ PLACED = [
     for dtype in TOLERANCES
     for size in [(1, 96, 2, 2, 16, 8), (5, 101, 6, 2, 40, 13), (9, 64, 5, 1, 8, 0)]
 ]
-PLACED += [(torch.float32, size, False) for size in ((130, 16, 20, 2, 4, 4), (300, 8, 33, 4, 2, 2))]
+PLACED += [(torch.float32, size, False) for size in ((130, 16, 61, 2, 4, 4), (300, 8, 33, 4, 2, 2))]
 
 
 def placed_inputs(
@@ -335,3 +340,43 @@ def test_accumulate_adds_in_place_also_when_compiled() -> None:
         doubled = run(stream)
         assert_close(stream.double(), expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(doubled, stream * 2)
+
+
+def test_caches_are_split_as_vllm_splits_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the vLLM that is installed, and as 0.24 and 0.32 keep them, in both orders of memory."""
+    blocks, block_size, heads, size = 7, 16, 2, 8
+    old = torch.empty(blocks, 2, block_size, heads, size, device="meta")
+    new = torch.empty(blocks, heads, block_size, 2 * size, device="meta")
+    layouts = [
+        (old, old.unbind(1)),
+        (old.transpose(2, 3).contiguous().transpose(2, 3), None),
+        (new, new.transpose(1, 2).split(size, -1)),
+        (new.transpose(1, 2).contiguous().transpose(1, 2), None),
+    ]
+    given: list[Tensor] = []
+    monkeypatch.setattr(
+        flash_attn,
+        "reshape_and_cache_flash",
+        lambda _k, _v, *rest: given.extend(rest[:2]),
+        raising=False,
+    )
+    implementation = SimpleNamespace(
+        attn_type=AttentionType.DECODER, head_size=size, kv_cache_dtype="auto"
+    )
+    layer = SimpleNamespace(_k_scale=None, _v_scale=None)
+    update = flash_attn.FlashAttentionImpl.do_kv_cache_update
+    for kv_cache, by_hand in layouts:
+        found = split_cache(kv_cache, heads, size)
+        assert found is not None
+        expected = [by_hand]
+        if kv_cache.ndim == (5 if OLDEST else 4):
+            given.clear()
+            update(implementation, layer, None, None, kv_cache, None)
+            expected.append(tuple(given))
+        for pair in filter(None, expected):
+            for ours, theirs in zip(found, pair, strict=True):
+                assert ours.shape == theirs.shape == (blocks, block_size, heads, size)
+                assert ours.stride() == theirs.stride()
+                assert ours.storage_offset() == theirs.storage_offset()
+    assert split_cache(new[..., 1:], heads, size) is None
+    assert split_cache(torch.empty(new.shape), heads, size) is None  # a CPU's lies in tiles

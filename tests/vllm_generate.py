@@ -18,8 +18,7 @@ from vllm.platforms import current_platform
 PRODUCTS = stand_in_where_needed()
 
 AS_ON_A_GPU = "TESTS_RUN_AS_ON_A_GPU"  # is set for them, too
-# Of attention's output, whether rows lay apart; of its input, how it was normed.
-SEEN: tuple[set[bool], set[str]] = (set(), set())
+APART: set[bool] = set()  # whether rows that attention wrote lay apart
 DEFAULTS = {
     "max_model_len": 128,
     "max_num_seqs": 8,
@@ -45,9 +44,9 @@ def main(
     pieces: bool = False,
     memory: bool = False,
 ) -> None:
-    apart, placed = SEEN
     if pieces and current_platform.is_cpu():
         os.environ[AS_ON_A_GPU] = "1"
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         run_as_on_a_gpu()
     if count:
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions are sent to the workers
@@ -55,21 +54,19 @@ def main(
     if memory:
         measure_loading(loading)
     for directory, variant in zip(directories, variants, strict=True):
-        apart.clear()
-        placed.clear()
+        APART.clear()
         if "data_parallel_size" in options:
             results = asyncio.run(generate_apart(directory, prompts, tokens, variant | options))
         else:
-            results = generate(directory, prompts, tokens, variant | options, count)
-        results |= {"apart": sorted(apart), "placed": sorted(placed), "loading": loading}
+            results = generate(directory, prompts, tokens, variant | options, count, pieces)
+        results |= {"apart": sorted(APART), "loading": loading}
         print("RESULT " + json.dumps(results), flush=True)
 
 
 def run_as_on_a_gpu() -> None:
     """Have a CPU compile, fuse and write as a GPU does."""
-    apart, placed = SEEN
-    write_rows_apart(apart)
-    fuse_all(placed)
+    write_rows_apart(APART)
+    fuse_all()
     compile_in_pieces()
 
 
@@ -92,17 +89,19 @@ def write_rows_apart(seen: set[bool]) -> None:
     roomy.WRITES_APART += ("CPU_ATTN",)
 
 
-def fuse_all(seen: set[str]) -> None:
+def fuse_all() -> None:
     """Have a CPU fuse what a GPU does; note how attention has its norm."""
     from sliceserve.server import fused, placing
 
     fused.fuses_here = lambda: True
     turned = placing.turned
+    noting: Any
 
     def noting(*arguments: Any) -> Any:
-        seen.add("normed" if arguments[-1] else "late")
+        noting.seen.add("normed" if arguments[-1] else "late")
         return turned(*arguments)
 
+    noting.seen = set()
     placing.turned = noting
 
 
@@ -169,6 +168,16 @@ def read_count(worker: Any) -> int:  # noqa: ARG001
     return int(group.all_reduces)
 
 
+def read_placed(worker: Any) -> list[str]:  # noqa: ARG001
+    """How attention of a model that ran had its norm, since this was asked last."""
+    from sliceserve.server import placing
+
+    seen: set[str] = getattr(placing.turned, "seen", set())
+    found = sorted(seen)
+    seen.clear()
+    return found
+
+
 def count_all_reduces(llm: Any) -> list[int]:
     """Those of one step, on each rank."""
     from vllm import SamplingParams
@@ -180,7 +189,12 @@ def count_all_reduces(llm: Any) -> list[int]:
 
 
 def generate(
-    directory: str, prompts: list[list[int]], tokens: int, options: dict[str, Any], count: bool
+    directory: str,
+    prompts: list[list[int]],
+    tokens: int,
+    options: dict[str, Any],
+    count: bool,
+    pieces: bool,
 ) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.compilation.counter import compilation_counter
@@ -192,12 +206,14 @@ def generate(
     sampling = SamplingParams(**GREEDY, max_tokens=tokens)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
     results = [read(output) for output in outputs]
+    placed = llm.collective_rpc(read_placed) if pieces else None
     llm.llm_engine.engine_core.shutdown()
     del llm
     cleanup_dist_env_and_memory()
     return {
         "outputs": results,
         "all_reduces": counts,
+        "placed": placed,
         "compiled": {
             name: getattr(compilation_counter, counter) - getattr(before, counter)
             for name, counter in COMPILED.items()
