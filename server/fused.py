@@ -98,10 +98,9 @@ class FusedDecoderLayer(nn.Module):
             gates = self._is_gated_mlp(builder, sublayer)
             # In float16 the product could overflow; what rounds a token's row norms it on the way.
             plain = builder.quant_config is None and builder.dtype != torch.float16
-            fuses = rank is not None and fuses_here()
-            late = fuses and plain
+            late = rank is not None and plain and fuses_here()
             normed = not late or any(map(builder.has_bias, sublayer.reads))
-            places = fuses and self._place(vllm_config, sublayer, room, normed)
+            places = fuses_here() and self._place(vllm_config, sublayer, room, normed)
             self.joins.append(not places and not self._make_room(vllm_config, sublayer, room))
             self.gates.append(gates)
             self.late_norms.append(late and (gates or (places and not normed)))
@@ -199,24 +198,14 @@ class FusedDecoderLayer(nn.Module):
         norm: Any = self.get_submodule(sublayer.norm)
         rank, (start, size) = self.ranks[index], self.own_columns[index]
         writes: Any = self.joined_writes[index]
+        projected = self.joined_reads[index](x if self.late_norms[index] else norm(x))
+        if self.places[index]:
+            return self._write_placed(index, positions, x, projected)
         if self.late_norms[index]:
-            projected = self.joined_reads[index](x)
-            if self.places[index]:
-                joined = self._attend(positions, x, projected)
-            else:
-                joined = gated(x, projected, size if rank else 0, norm.variance_epsilon)
+            joined = gated(x, projected, size if rank else 0, norm.variance_epsilon)
             moved: Tensor = writes.add_to(x, joined)
             return moved
-        projected = self.joined_reads[index](norm(x))
         rounds = rank is not None and x.is_cuda and writes.scaled is not None
-        if self.places[index]:
-            joined = self._attend(positions, x, projected)
-            if not rounds:
-                summed: Tensor = writes.add_to(x, joined)
-                return summed
-            q, scale = rounded(joined, joined[:, :0], None, False, writes.weight.dtype)
-            attended: Tensor = writes.add_rounded_to(x, q, scale)
-            return attended
         inputs = torch.split(projected, self.input_sizes[index], dim=-1)
         if rounds and self.gates[index]:
             columns, divisor = (inputs[1], _divisor(norm, x)) if rank else (inputs[0][:, :0], None)
@@ -246,10 +235,23 @@ class FusedDecoderLayer(nn.Module):
         written: Tensor = writes.summed(joined) if rank is None else writes.add_to(x, joined)
         return written
 
-    def _attend(self, positions: Tensor, x: Tensor, projected: Tensor) -> Tensor:
+    def _write_placed(self, index: int, positions: Tensor, x: Tensor, projected: Tensor) -> Tensor:
+        """Run what is left of a sublayer whose attention takes the joined product as it is."""
         attention: Any = self.get_submodule(self.architecture.attention)
-        joined: Tensor = attention.attn(positions, x, projected)
-        return joined
+        writes: Any = self.joined_writes[index]
+        start, size = self.own_columns[index]
+        # As below, bound to a name before attention.
+        beside = x[..., start : start + size] if self.ranks[index] is None else None
+        joined = attention.attn(positions, x, projected)
+        moved: Tensor
+        if beside is not None:
+            moved = writes.summed(_filled(joined, beside))
+        elif x.is_cuda and writes.scaled is not None:
+            q, scale = rounded(joined, joined[:, :0], None, False, writes.weight.dtype)
+            moved = writes.add_rounded_to(x, q, scale)
+        else:
+            moved = writes.add_to(x, joined)
+        return moved
 
     def _run(self, branch: Branch, positions: Tensor, y: Tensor) -> Tensor:
         if branch == (self.architecture.attention,):

@@ -199,7 +199,8 @@ def test_layers_of_equal_width_are_compiled_once(
         compiled[name] = found["compiled"]
         # Room was made beside what attention writes, which is not looked at on a GPU.
         assert torch.cuda.is_available() or found["apart"] == [name != "dense-6"]
-        placed = ["late"] if name.startswith("low-rank") else ["normed"] * (name == "biases")
+        placed = ["late"] if name.startswith("low-rank") else ["normed"]
+        placed *= name in ("low-rank-2", "low-rank-6", "biases", "uneven")
         assert torch.cuda.is_available() or found["placed"] == [placed]
     assert compiled == {
         "dense-6": {"pieces": 7, "different": 3},
