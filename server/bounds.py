@@ -19,6 +19,8 @@ _TOKENS = ("stop_token_ids",)
 _OUTPUT_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
 _ALL = -1  # of the vocabulary
+_BESIDE = ("vllm_xargs", "extra_args")  # what is passed on to the engine unseen
+_TRANSFER = "kv_transfer_params"
 _TRUTHS = frozenset({"1", "on", "t", "true", "y", "yes"})  # as pydantic reads them
 
 
@@ -60,6 +62,8 @@ def find_excess(given: dict[str, Any], bounds: Bounds) -> Excess | None:
         return Excess(
             "background", "Responses in the background are not served: nothing would bound them."
         )
+    if given.get("features") is not None and "sampling_params" in given:
+        return Excess("features", "features are of images or audio, and the model takes text only.")
     several, prompts = _prompts(given)
     for asked in (given, given.get("sampling_params")):
         if not isinstance(asked, dict):
@@ -96,6 +100,10 @@ def _excess_of_one(asked: dict[str, Any], bounds: Bounds, *, inner: bool) -> Exc
     for name in filter(asked.__contains__, _LISTS):
         if (message := _excess_of_list(name, asked[name], bounds)) is not None:
             return Excess(name, message)
+    for name in filter(asked.__contains__, _BESIDE):
+        beside = asked[name] if isinstance(asked[name], dict) else {}
+        if not isinstance(beside.get(_TRANSFER, {}), dict | None):
+            return Excess(name, f"{_TRANSFER} in {name} is no object.")
     for name in filter(asked.__contains__, FORMS):
         if (message := excess_of_form(name, asked[name])) is not None:
             return Excess(name, message)

@@ -48,6 +48,7 @@ def serves(server: ServerProcess) -> bool:
         ("completions", {"stop": "\ud800"}, "stop"),
         ("completions", {"bad_words": ["\ud800"]}, "bad_words"),
         ("completions", {"structured_outputs": {"choice": ["x"] * 10**5}}, "structured_outputs"),
+        ("completions", {"vllm_xargs": {"kv_transfer_params": "x"}}, "vllm_xargs"),
         ("responses", {"input": "x", "background": True, "store": "false"}, "background"),
     ],
 )
