@@ -4,22 +4,23 @@
     python benchmarks/forms.py llama-2-70b OUT --fraction 0.2 0.25 0.3 --tensor-parallel 2 \\
         --fewer 1 --gpus 2
 
-Every row runs in a process of its own and is kept in OUT/rows.jsonl, so that a run that was stopped
-goes on where it was; the table comes last. `--fewer N` adds the sliced models on N GPUs; `--gpus`
-says how many this machine has (the first of CUDA_VISIBLE_DEVICES, where that is set): rows that
-need fewer run beside each other. `--quantization` takes what vLLM quantises by while it loads
-(fp8_per_channel, …), and stored-int8, stored-w4a16 and stored-fp8 for what `sliceserve quantize`
-stores.
+Every row runs in a process of its own, forked from one that has imported vLLM, and is kept in
+OUT/rows.jsonl, so that a run that was stopped goes on where it was; the table comes last. `--fewer
+N` adds the sliced models on N GPUs; `--gpus` says how many this machine has (the first of
+CUDA_VISIBLE_DEVICES, where that is set): rows that need fewer run beside each other.
+`--quantization` takes what vLLM quantises by while it loads (fp8_per_channel, …), and stored-int8,
+stored-w4a16 and stored-fp8 for what `sliceserve quantize` stores.
 """
 
 import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from sliceserve.slicing.packing import Packer
 from sliceserve.slicing.quantised import SCHEMES
 
 MARK, STORED = "ROW ", "stored-"
+# What takes most of a process's start and touches no GPU.
+PRELOADED = ["vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "sliceserve.server.dummies"]
 INPUT, STEPS = 128, 128
 CAPTURED = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 NAMES = {"dense": "whole rotations", "low-rank": "low-rank", "shared": "shared basis"}
@@ -78,7 +81,7 @@ class Row:
         return f"{self.name}, {self.quantization}" if self.quantization else self.name
 
 
-def measure(row: dict[str, Any], utilization: float, full: bool, repeats: int) -> dict[str, Any]:
+def measure(row: Row, utilization: float, full: bool, repeats: int) -> dict[str, Any]:
     """Measure a model, best of `repeats` runs, on the GPUs that this process sees."""
     # What is sent to the workers is a function.
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
@@ -88,16 +91,16 @@ def measure(row: dict[str, Any], utilization: float, full: bool, repeats: int) -
 
     start = time.perf_counter()
     llm = LLM(
-        model=row["directory"],
+        model=str(row.directory),
         load_format="dummy",
         dtype="bfloat16",
-        quantization=row["quantization"],
+        quantization=None if row.stored else row.quantization,
         max_model_len=2064,
         max_num_seqs=256,
         max_num_batched_tokens=8192,
         gpu_memory_utilization=utilization,
-        tensor_parallel_size=row["tensor_parallel"],
-        pipeline_parallel_size=row["pipeline_parallel"],
+        tensor_parallel_size=row.tensor_parallel,
+        pipeline_parallel_size=row.pipeline_parallel,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
         compilation_config={"cudagraph_capture_sizes": CAPTURED},
@@ -202,7 +205,7 @@ def run_rows(rows: list[Row], options: argparse.Namespace) -> dict[str, Any]:
                 running.append((row, taken, start_row(row, taken, options)))
             for entry in running[:]:
                 row, taken, process = entry
-                if process.poll() is None:
+                if process.exitcode is None:
                     continue
                 running.remove(entry)
                 free.update(taken)
@@ -243,27 +246,26 @@ def reason(log: str) -> str:
     return lines[-1][-400:] if lines else log[-400:]
 
 
-def start_row(row: Row, gpus: list[str], options: argparse.Namespace) -> "subprocess.Popen[str]":
+def start_row(row: Row, gpus: list[str], options: argparse.Namespace) -> ForkServerProcess:
     """Start the measurement of a row on some GPUs."""
-    request = {
-        "directory": str(row.directory),
-        "tensor_parallel": row.tensor_parallel,
-        "pipeline_parallel": row.pipeline_parallel,
-        "quantization": None if row.stored else row.quantization,
-    }
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(sorted(gpus))}
-    if row.gpus == 1:
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    command = [
-        sys.executable, __file__, options.shape, str(options.output), "--row", json.dumps(request),
-        "--gpu-memory-utilization", str(options.gpu_memory_utilization),
-        "--repeats", str(options.repeats),
-        *(["--no-throughput"] if options.no_throughput else []),
-    ]  # fmt: skip
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=run_row, args=(row, gpus, options))
+    process.start()
+    return process
+
+
+def run_row(row: Row, gpus: list[str], options: argparse.Namespace) -> None:
+    """Measure a model in this process; what is printed goes to the row's log."""
     with log_of(row, options).open("w") as log:
-        return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment
-        )
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(log.fileno(), stream.fileno())
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(sorted(gpus))
+    if row.gpus == 1:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    full = not options.no_throughput
+    result = measure(row, options.gpu_memory_utilization, full, options.repeats)
+    print(MARK + json.dumps(result), flush=True)
 
 
 def table(rows: list[Row], done: dict[str, Any]) -> str:
@@ -322,18 +324,12 @@ def main() -> int:
     parser.add_argument(
         "--time-limit", type=float, default=1e9, help="seconds; starts no row after"
     )
-    parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     for name in options.quantization:
         if name.startswith(STORED) and name.removeprefix(STORED) not in SCHEMES:
             parser.error(f"--quantization {name}: a scheme is one of {', '.join(SCHEMES)}")
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: at least 1")
-    if options.row:
-        full = not options.no_throughput
-        result = measure(options.row, options.gpu_memory_utilization, full, options.repeats)
-        print(MARK + json.dumps(result), flush=True)
-        return 0
     needed = max(options.tensor_parallel * options.pipeline_parallel, options.fewer or 1)
     if needed > (found := len(visible_gpus(options.gpus))):
         parser.error(f"--gpus {options.gpus}: a row needs {needed} and {found} can be used")
