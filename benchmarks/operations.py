@@ -51,10 +51,9 @@ def microseconds(forms: Forms) -> tuple[float, float]:
 def normed_and_joined(x: Tensor, projected: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return what the product reads, and what it writes joined with the rotation's columns."""
     inner = (projected.shape[1] - rank) // 2
-    square = x.float().square().mean(-1, keepdim=True) + EPS
-    normed = (x.float() * square.rsqrt()).to(x.dtype)
+    read, rho = normed(x)
     gate, up, beside = projected.split([inner, inner, rank], dim=-1)
-    return normed, torch.cat([silu(gate) * up, beside * square.sqrt().to(x.dtype)], dim=-1)
+    return read, torch.cat([silu(gate) * up, beside * rho], dim=-1)
 
 
 def normed(x: Tensor) -> tuple[Tensor, Tensor]:

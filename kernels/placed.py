@@ -33,24 +33,26 @@ def turned(
     x: Tensor,
     projected: Tensor,
     angles: Tensor,
-    heads: int,
     kv_heads: int,
+    queries: Tensor,
+    joined: Tensor,
     eps: float,
     normed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return queries, keys and values, [tokens, their heads, size], and u, computed in float32.
+) -> tuple[Tensor, Tensor]:
+    """Write queries and u, and return keys and values, [tokens, kv_heads, size], in plain torch.
 
     Args:
         x: the stream.
         projected: its product.
         angles: cosines and sines of each token, [tokens, size].
-        heads: of queries.
         kv_heads: of keys and of values.
+        queries: written, as by `placed`.
+        joined: the same.
         eps: of the norm.
         normed: whether the product is of the normed stream.
 
     """
-    size = angles.shape[-1]
+    heads, size = queries.shape[1:]
     columns = (heads + 2 * kv_heads) * size
     own, u = projected[:, :columns].float(), projected[:, columns:]
     rho = (x.float().square().mean(-1, keepdim=True) + eps).sqrt()
@@ -66,7 +68,9 @@ def turned(
         a, b = part.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
-    return turn(q), turn(k), v.to(x.dtype), u
+    queries.copy_(turn(q))
+    joined[:, joined.shape[1] - u.shape[1] :] = u
+    return turn(k), v.to(x.dtype)
 
 
 def reference(
@@ -82,14 +86,12 @@ def reference(
     normed: bool,
 ) -> None:
     """Do the same in plain torch."""
-    heads, kv_heads = queries.shape[1], caches[0].shape[2]
-    q, *placed, u = turned(x, projected, cos_sin[positions], heads, kv_heads, eps, normed)
-    queries.copy_(q)
-    joined[:, joined.shape[1] - u.shape[1] :] = u
+    _, block_size, kv_heads, _ = caches[0].shape
+    angles = cos_sin[positions]
+    keys_and_values = turned(x, projected, angles, kv_heads, queries, joined, eps, normed)
     kept = slots >= 0
-    size = caches[0].shape[1]
-    at = slots[kept] // size, slots[kept] % size
-    for cache, part in zip(caches, placed, strict=True):
+    at = slots[kept] // block_size, slots[kept] % block_size
+    for cache, part in zip(caches, keys_and_values, strict=True):
         cache[at] = part[: len(slots)][kept]
 
 

@@ -59,9 +59,7 @@ def _place(
             "A KV cache of shape %s is not known; it is written without our kernel, which is slow.",
             tuple(kv_cache.shape),
         )
-    q, k, v, u = turned(x, projected, cos_sin[positions], heads, kv_heads, eps, normed)
-    queries.copy_(q)
-    joined[:, joined.shape[1] - u.shape[1] :] = u
+    k, v = turned(x, projected, cos_sin[positions], kv_heads, queries, joined, eps, normed)
     # Some of vLLM's attention reads them from here as well.
     for own, part in zip(keys_and_values(projected, heads, kv_heads, size), (k, v), strict=True):
         own.copy_(part)
@@ -69,18 +67,8 @@ def _place(
     return queries.new_empty(0)
 
 
-def _nothing(
-    x: Tensor,  # noqa: ARG001
-    projected: Tensor,  # noqa: ARG001
-    positions: Tensor,  # noqa: ARG001
-    cos_sin: Tensor,  # noqa: ARG001
-    queries: Tensor,
-    joined: Tensor,  # noqa: ARG001
-    eps: float,  # noqa: ARG001
-    normed: bool,  # noqa: ARG001
-    layer_name: LayerNameType,  # noqa: ARG001
-) -> Tensor:
-    return queries.new_empty(0)
+def _nothing(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(0)
 
 
 # The operation lives as long as this does.

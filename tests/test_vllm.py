@@ -163,6 +163,7 @@ def others(tmp_path_factory: pytest.TempPathFactory, uneven: Path) -> dict[str, 
             {"pipeline_parallel_size": 2},
             id="pp2-compiled",
         ),
+        pytest.param(["llama-tied-rank-24"], {"tensor_parallel_size": 2}, id="tp2-compiled"),
     ],
 )
 def test_vllm_agrees_for_every_architecture(
@@ -266,8 +267,8 @@ def split_checkpoint(directory: Path) -> None:
     file.write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def test_loading_takes_no_more_than_the_model_and_two_matrices(tmp_path: Path) -> None:
-    """One that is read, and one that is put where it belongs or packed."""
+def test_loading_takes_no_more_than_the_model_and_a_matrix_and_a_half(tmp_path: Path) -> None:
+    """What is read, and what is put where it belongs or packed; nothing of vLLM's own linears."""
     wide = tiny_config(hidden_size=512, intermediate_size=1408, num_hidden_layers=6)
     models = [
         save_sliced(tmp_path / "low-rank", wide, [384] * 13, [64] * 12),
@@ -278,7 +279,7 @@ def test_loading_takes_no_more_than_the_model_and_two_matrices(tmp_path: Path) -
     results = read_results(run_vllm(models, PROMPTS, 1, EAGER, memory=True), len(models))
     for found in (result["loading"] for result in results):
         assert found["model"] > 10 * found["largest"]
-        assert found["model"] <= found["peak"] <= found["model"] + 2 * found["largest"]
+        assert found["model"] <= found["peak"] <= found["model"] + 1.5 * found["largest"]
 
 
 def test_fraction_zero_gives_the_dense_models_tokens(

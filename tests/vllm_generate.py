@@ -5,6 +5,7 @@ each model was compiled in, or the bytes of the CPU that were taken while it was
 """
 
 import asyncio
+import gc
 import json
 import os
 import sys
@@ -46,9 +47,8 @@ def main(
 ) -> None:
     if pieces and current_platform.is_cpu():
         os.environ[AS_ON_A_GPU] = "1"
-        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         run_as_on_a_gpu()
-    if count:
+    if count or pieces:
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions are sent to the workers
     loading: dict[str, int] = {}
     if memory:
@@ -94,14 +94,13 @@ def fuse_all() -> None:
     from sliceserve.server import fused, placing
 
     fused.fuses_here = lambda: True
-    turned = placing.turned
-    noting: Any
+    turned, seen = placing.turned, set()
 
     def noting(*arguments: Any) -> Any:
-        noting.seen.add("normed" if arguments[-1] else "late")
+        seen.add("normed" if arguments[-1] else "late")
         return turned(*arguments)
 
-    noting.seen = set()
+    noting.seen = seen
     placing.turned = noting
 
 
@@ -132,8 +131,12 @@ def measure_loading(found: dict[str, int]) -> None:
     load_model, load_weights = BaseModelLoader.load_model, DefaultModelLoader.load_weights
 
     def measured(*arguments: Any, **named: Any) -> Any:
+        # What is only let go of where Python looks for circles counts, whenever it would look.
+        gc.collect()
+        gc.disable()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             model = load_model(*arguments, **named)
+        gc.enable()
         events = profiler.profiler.kineto_results.events()
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
         found["peak"] = max(accumulate(change for _, change in changes))
