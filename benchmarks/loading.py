@@ -6,8 +6,9 @@
 
 Each model is loaded in a process of its own, in the stored dtype, without compilation. The peak is
 what torch has allocated at most between the loader's start and its end, without what the engine
-had allocated before. The KV cache and the first step come after; serving takes what was loaded,
-the KV cache and a step's activations.
+had allocated before; of what is loaded, what was asked for leaves out what torch rounds up. The KV
+cache and the first step come after; serving takes what was loaded, the KV cache and a step's
+activations.
 """
 
 import argparse
@@ -21,7 +22,16 @@ from typing import Any
 
 MARK = "LOADED "
 GB = 1e9
-COLUMNS = ("model", "stored, GB", "peak while loading, GB", "loaded, GB", "a step more, GB", "s")
+COLUMNS = (
+    "model",
+    "stored, GB",
+    "peak while loading, GB",
+    "loaded, GB",
+    "asked for, GB",
+    "a step more, GB",
+    "s",
+)
+ASKED_FOR = "requested_bytes.all.current"
 
 
 def measure(directory: Path, quantization: str | None, load_format: str) -> dict[str, float]:
@@ -36,6 +46,7 @@ def measure(directory: Path, quantization: str | None, load_format: str) -> dict
 
     def counted(self: BaseModelLoader, *arguments: Any, **named: Any) -> Any:
         before = torch.accelerator.memory_allocated()
+        asked_for = torch.cuda.memory_stats()[ASKED_FOR]
         torch.accelerator.reset_peak_memory_stats()
         start = time.perf_counter()
         model = load_model(self, *arguments, **named)
@@ -43,6 +54,7 @@ def measure(directory: Path, quantization: str | None, load_format: str) -> dict
         peak = torch.accelerator.max_memory_allocated()
         found["peak while loading, GB"] = (peak - before) / GB
         found["loaded, GB"] = (torch.accelerator.memory_allocated() - before) / GB
+        found["asked for, GB"] = (torch.cuda.memory_stats()[ASKED_FOR] - asked_for) / GB
         torch.accelerator.reset_peak_memory_stats()
         return model
 
