@@ -6,7 +6,8 @@ Bfloat16, a quarter of the width deleted, low-rank rotations of the default rank
 graph. Microseconds a call, compiled and ours, and their ratio. `gated`: norm, activation and
 concatenation, without the products. `accumulate`: the product that writes, with its addition.
 `placed`: norm, rotary embedding, the KV cache's update (compiled: by vLLM's kernel) and the
-rotation's columns. `rounded`: joined with those and rounded to fp8 or int8, a scale a token.
+rotation's columns; where the norm does not wait, ours has it as the compiler makes it. `rounded`:
+joined with those and rounded to fp8 or int8, a scale a token.
 """
 
 import argparse
@@ -35,6 +36,7 @@ ROUNDED = {"rounded to fp8": FP8, "rounded to int8": torch.int8}
 NAMES = (
     "gated",
     "placed",
+    "placed, normed before",
     "accumulate",
     *(f"{name}{of}" for name in ROUNDED for of in (", gated", "")),
 )
@@ -62,6 +64,12 @@ def normed(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() * square.rsqrt()).to(x.dtype), square.sqrt().to(x.dtype)
 
 
+def read_normed(x: Tensor) -> Tensor:
+    """Return what the product reads."""
+    read, _ = normed(x)
+    return read
+
+
 def turned_and_joined(
     rho: Tensor, projected: Tensor, positions: Tensor, cos_sin: Tensor, joined: Tensor, heads: int,
     kv_heads: int,
@@ -76,7 +84,7 @@ def turned_and_joined(
     return turned
 
 
-def placing(tokens: int, heads: int, kv_heads: int, width: int, rank: int) -> Forms:
+def placing(tokens: int, heads: int, kv_heads: int, width: int, rank: int, before: bool) -> Forms:
     """Return what is between a product and attention, and the norm before it, compiled and ours."""
 
     def random(*shape: int) -> Tensor:
@@ -87,7 +95,7 @@ def placing(tokens: int, heads: int, kv_heads: int, width: int, rank: int) -> Fo
     queries, joined = random(tokens, heads, HEAD), random(tokens, heads * HEAD + rank)
     slots, cos_sin = torch.arange(tokens, device="cuda"), random(4096, HEAD)
     positions, one = slots % 2048, torch.ones(1, device="cuda")
-    norms, turns = torch.compile(normed), torch.compile(turned_and_joined)
+    norms, turns, reads = map(torch.compile, (normed, turned_and_joined, read_normed))
     values = projected[:, (heads + kv_heads) * HEAD : (heads + 2 * kv_heads) * HEAD]
 
     def compiled() -> None:
@@ -97,7 +105,9 @@ def placing(tokens: int, heads: int, kv_heads: int, width: int, rank: int) -> Fo
         vllm_operations.reshape_and_cache_flash(*key_and_value, *caches, slots, "auto", one, one)
 
     def ours() -> None:
-        placed(x, projected, positions, cos_sin, slots, caches, queries, joined, EPS, False)
+        if before:
+            reads(x)
+        placed(x, projected, positions, cos_sin, slots, caches, queries, joined, EPS, before)
 
     return compiled, ours
 
@@ -123,7 +133,8 @@ def operations(
     gate_up, u = projected.split([2 * inner, rank], dim=-1)
     found = {
         "gated": (lambda: joins(x, projected, rank), lambda: gated(x, projected, rank, EPS)),
-        "placed": placing(tokens, hidden // HEAD, kv_heads, width, rank),
+        "placed": placing(tokens, hidden // HEAD, kv_heads, width, rank, False),
+        "placed, normed before": placing(tokens, hidden // HEAD, kv_heads, width, rank, True),
         "accumulate": (lambda: adds(x, a, weight), lambda: accumulate(x, a, weight)),
     }
     for name, dtype in ROUNDED.items():

@@ -54,7 +54,8 @@ def turned(
     """
     heads, size = queries.shape[1:]
     columns = (heads + 2 * kv_heads) * size
-    own, u = projected[:, :columns].float(), projected[:, columns:]
+    # What is returned shares no memory with the product, which may be written over by it.
+    own, u = projected[:, :columns].to(torch.float32, copy=True), projected[:, columns:]
     rho = (x.float().square().mean(-1, keepdim=True) + eps).sqrt()
     if normed:
         u = (u * rho).to(x.dtype)
@@ -97,6 +98,12 @@ def reference(
 
 if triton is not None:
     # What differs from step to step, or before there is a cache: no kernel is to be compiled anew.
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _mean_square(row, width, block: tl.constexpr):  # type: ignore[no-untyped-def]
+        column = tl.arange(0, block)
+        x = tl.load(row + column, mask=column < width, other=0.0).to(tl.float32)
+        return tl.sum(x * x) / width
+
     @triton.jit(do_not_specialize=["stored", "block_size"])  # type: ignore[untyped-decorator]
     def _placed(  # type: ignore[no-untyped-def]
         x_ptr, p_ptr, position_ptr, turn_ptr, slot_ptr, key_ptr, value_ptr, q_ptr, joined_ptr,
@@ -106,17 +113,15 @@ if triton is not None:
         head_block: tl.constexpr, half_block: tl.constexpr, normed: tl.constexpr,
     ):  # fmt: skip
         token = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, stream_block)
-        x = tl.load(x_ptr + token * x_stride + column, mask=column < width, other=0.0)
-        x = x.to(tl.float32)
-        square = tl.sum(x * x) / width + eps
-        scale = 1.0 if normed else tl.rsqrt(square)
+        stream = x_ptr + token * x_stride
+        scale = 1.0 if normed else tl.rsqrt(_mean_square(stream, width, stream_block) + eps)
         total, row = heads + 2 * kv_heads, p_ptr + token * p_stride
         if tl.program_id(1) == 0:
             beside = tl.arange(0, rank_block)
             u = tl.load(row + total * 2 * half + beside, mask=beside < rank, other=0.0)
             if normed:
-                u = (u.to(tl.float32) * tl.sqrt(square)).to(u.dtype)
+                rho = tl.sqrt(_mean_square(stream, width, stream_block) + eps)
+                u = (u.to(tl.float32) * rho).to(u.dtype)
             last = joined_ptr + token * joined_stride
             tl.store(last + beside, u, mask=beside < rank)
         pair = tl.arange(0, half_block)

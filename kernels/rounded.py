@@ -3,6 +3,10 @@
     y = [a ‖ ρ·u], or [silu(g) · v ‖ ρ·u] of a branch that is [g ‖ v]
     s = max|y| / 448, q = y / s in e4m3; or 127 and int8
 
+s is 1 / (448·512) at least, as vLLM has it in fp8, where small values are rounded relative to their
+own size. In int8 they are not: there it is 2^-100, which only keeps a row of zeros from being
+divided by zero.
+
 q is what [W ; B] of eight bits multiplies. a [tokens, inner] or [tokens, 2·inner], u [tokens,
 rank], ρ [tokens, 1], q [tokens, inner + rank], s [tokens, 1] in float32. Left to itself the
 compiler writes y to memory and reads it again, and finds the largest of a row in two steps.
@@ -22,7 +26,7 @@ except ImportError:
 
 FP8 = torch.float8_e4m3fn
 LARGEST = {FP8: torch.finfo(FP8).max, torch.int8: 127.0}  # of what is used, the same below zero
-SMALLEST_SCALE = 1 / (LARGEST[FP8] * 512)  # as vLLM has it
+SMALLEST_SCALES = {FP8: 1 / (LARGEST[FP8] * 512), torch.int8: 2.0**-100}
 NEAREST = 1.5 * 2.0**23  # added to a small float32, its lowest bits are the nearest whole number
 COLUMNS_OF_A_WARP = 1024  # chosen on an H100
 
@@ -39,7 +43,7 @@ def reference(
         right = right * rho
     y = torch.cat([left, right], dim=-1)
     largest = LARGEST[dtype]
-    scale = (y.abs().amax(-1, keepdim=True) / largest).clamp(min=SMALLEST_SCALE)
+    scale = (y.abs().amax(-1, keepdim=True) / largest).clamp(min=SMALLEST_SCALES[dtype])
     bounded = (y / scale).clamp(-largest, largest)
     return (bounded.round() if dtype == torch.int8 else bounded).to(dtype), scale
 
@@ -92,7 +96,7 @@ def launch(
     kernel: Any = _rounded[(tokens,)]
     kernel(
         a, u, rho, q, scale, inner, rank, a.stride(0), u.stride(0), LARGEST[dtype],
-        SMALLEST_SCALE, NEAREST, whole=dtype == torch.int8, gates=gates,
+        SMALLEST_SCALES[dtype], NEAREST, whole=dtype == torch.int8, gates=gates,
         divided=rho is not None, block=block, rank_block=triton.next_power_of_2(max(rank, 1)),
         num_warps=min(32, max(4, block // COLUMNS_OF_A_WARP)),
     )  # fmt: skip

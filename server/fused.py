@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.distributed import (
     divide,
@@ -98,6 +99,8 @@ class FusedDecoderLayer(nn.Module):
             gates = self._is_gated_mlp(builder, sublayer)
             # In float16 the product could overflow; what rounds a token's row norms it on the way.
             plain = builder.quant_config is None and builder.dtype != torch.float16
+            # It sums a row in an order that depends on how many there are.
+            plain = plain and not envs.VLLM_BATCH_INVARIANT
             late = rank is not None and plain and fuses_here()
             normed = not late or any(map(builder.has_bias, sublayer.reads))
             places = fuses_here() and self._place(vllm_config, sublayer, room, normed)

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from vllm import _custom_ops as ops
+from vllm import envs
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
 
 from sliceserve.kernels.accumulate import accumulate
@@ -134,7 +136,9 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
         path, _, kind = name.rpartition(".")
         if kind == "bias" and self.axis == 1:
             key = path.replace(".", "/")
-            self.summed_biases[key].data.copy_(tensor)
+            bias: Any = self.summed_biases[key]
+            # vLLM sets another while it loads weights anew.
+            getattr(bias, "weight_loader", default_weight_loader)(bias, tensor)
             return f"summed_biases.{key}"
         if kind == "weight_shape":
             self.weight_shape.data.copy_(torch.tensor([self.output_size, self.input_size]))
@@ -238,8 +242,9 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
 
     def add_to(self, x: Tensor, a: Tensor) -> Tensor:
         """Return x [tokens, out] with `summed(a)` added; x may be changed."""
-        unquantised = self.quant_config is None
-        if unquantised and x.is_cuda and get_tensor_model_parallel_world_size() == 1:
+        # vLLM multiplies otherwise where no answer may depend on the batch.
+        plain = self.quant_config is None and not envs.VLLM_BATCH_INVARIANT
+        if plain and x.is_cuda and get_tensor_model_parallel_world_size() == 1:
             accumulate(x, a, self.weight)
             return self._with_biases(x)
         return x + self.summed(a)

@@ -172,7 +172,7 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
         if current_platform.is_cpu():
             check_products(scheme, torch.ops._C)
             choose_products(cpu_kernels)
-        self.config = config
+        self.config, self.scheme = config, scheme
         self.shapes, self.stored = expected_shapes(config), stored_shapes(config)
         # A matrix that is one in the checkpoint too has one adapter.
         self.packed_modules_mapping = {
@@ -234,9 +234,16 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
         """Load this rank's part of a checkpoint, every tensor checked for name and shape.
 
         Raises:
-            ValueError: lists all missing, unexpected and misshapen tensors in one sentence.
+            ValueError: lists all missing, unexpected and misshapen tensors in one sentence; or a
+                running engine is to load quantised weights anew.
 
         """
+        # vLLM then keeps what it is given until this returns: rotations could not be rounded.
+        if self.scheme is not None and any(one.is_meta for one in self.parameters()):
+            raise ValueError(
+                f"the weights of a running engine are in {self.scheme} and cannot be loaded anew: "
+                "start another one"
+            )
         found: Shapes = {}
         if not self.is_draft:  # the model that it drafts for reports
             weights = reporting(weights, self.stored)

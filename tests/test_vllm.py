@@ -238,10 +238,15 @@ def test_two_ranks_agree_and_rotations_need_no_all_reduce_of_their_own(
         assert result["all_reduces"] == [1 + sublayers] * 2, model
 
 
-def test_two_ranks_agree_compiled_and_fused_as_on_a_gpu(others: dict[str, Path]) -> None:
-    """Of rotations both ranks have a part, or only the first."""
-    models = [others[f"llama-tied-{label}"] for label in ("rank-24", "low-rank")]
-    run = run_vllm(models, PROMPTS, 12, {"tensor_parallel_size": 2}, pieces=True)
+@pytest.mark.parametrize(
+    ("labels", "parallel"), [(["rank-24", "low-rank"], "tensor"), (["low-rank"], "pipeline")]
+)
+def test_two_ranks_agree_compiled_and_fused_as_on_a_gpu(
+    labels: list[str], parallel: str, others: dict[str, Path]
+) -> None:
+    """Of rotations both tensor-parallel ranks have a part, or only the first."""
+    models = [others[f"llama-tied-{label}"] for label in labels]
+    run = run_vllm(models, PROMPTS, 12, {f"{parallel}_parallel_size": 2}, pieces=True)
     for model, result in zip(models, read_results(run, len(models)), strict=True):
         check_agreement(model, result["outputs"])
         assert torch.cuda.is_available() or result["placed"] == [["late"]] * 2

@@ -1,13 +1,15 @@
 """What vLLM offers beside plain generation, on sliced models: the tokens must stay the same."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import OTHER_CONFIGS, save_tiny
+from conftest import OTHER_CONFIGS, save_tiny, tiny_config
 from oldest import DRAFTS, needs_sharded_adapters
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_vllm import EAGER, TOLERANCE, greedy, read_results, run_script
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +19,7 @@ from sliceserve.slicing.errors import UserError
 from sliceserve.slicing.finetune import adapted_linears
 from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 from sliceserve.slicing.modeling import SlicedForCausalLM
+from sliceserve.slicing.quantize import QuantizeOptions, run_quantize
 
 PROMPTS = [[1, 2, 3, 4, 5] * 8, [200, 7, 99], list(range(40))]
 TOKENS = 12
@@ -45,8 +48,11 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"dense": dense} | sliced
 
 
-def run_each(runs: list[tuple[Path, dict[str, Any]]], options: dict[str, Any]) -> list[Any]:
-    request = {"prompts": PROMPTS, "tokens": TOKENS, "runs": [run for _, run in runs]}
+def run_each(
+    runs: list[tuple[Path, dict[str, Any]]], options: dict[str, Any], fused: bool = False
+) -> list[Any]:
+    request: dict[str, Any] = {"prompts": PROMPTS, "tokens": TOKENS, "fused": fused}
+    request["runs"] = [run for _, run in runs]
     directories = [directory for directory, _ in runs]
     return read_results(run_script("vllm_features.py", directories, request, options), len(runs))
 
@@ -60,7 +66,8 @@ def check(outputs: list[dict[str, Any]], expected: list[dict[str, Any]], run: An
 REPEATED = {"enable_prefix_caching": True, "block_size": 32, "max_num_batched_tokens": 16}
 
 
-def test_prefixes_chunks_and_drafts_change_no_token(forms: dict[str, Path]) -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["as-on-a-cpu", "fused-as-on-a-gpu"])
+def test_prefixes_chunks_and_drafts_change_no_token(fused: bool, forms: dict[str, Path]) -> None:
     def drafted_by(name: str) -> dict[str, Any]:
         draft = {"method": "draft_model", "model": str(forms[name]), "num_speculative_tokens": 3}
         return {"speculative_config": draft} if DRAFTS else {}
@@ -73,16 +80,51 @@ def test_prefixes_chunks_and_drafts_change_no_token(forms: dict[str, Path]) -> N
             # The last: vLLM on a CPU starts no other engine in a process that has imported Numba.
             ("low-rank", {"options": {"speculative_config": lookup}}),
         ]
-    results = run_each([(forms[name], run) for name, run in runs], EAGER)
+    results = run_each([(forms[name], run) for name, run in runs], EAGER, fused)
     expected = {name: greedy(forms[name], PROMPTS, TOKENS) for name in forms}
     for (name, run), result in zip(runs, results, strict=True):
         check(result["outputs"], expected[name], name)
+        if fused and not torch.cuda.is_available():
+            assert result["placed"] == [["normed" if name == "whole" else "late"]], name
         counters = result["counters"]
         if "rounds" in run:
             assert counters["vllm:prefix_cache_hits"] > 0, name
             # The model's own drafts are its tokens.
             assert counters.get(ACCEPTED) == counters.get(DRAFTED), name
         assert not DRAFTS or counters[DRAFTED] > 0, name
+
+
+def doubled_biases(sliced: Path) -> Path:
+    """Copy a checkpoint, each bias twice as large and all else a tenth smaller."""
+    copy = Path(shutil.copytree(sliced, sliced.with_name(f"{sliced.name}-changed")))
+    for file in copy.glob("*.safetensors"):
+        tensors = load_file(file)
+        changed = {
+            name: tensor * (2.0 if name.endswith("bias") else 0.9)
+            for name, tensor in tensors.items()
+        }
+        save_file(changed, file, metadata={"format": "pt"})
+    return copy
+
+
+def test_weights_are_loaded_anew_into_a_running_engine(tmp_path: Path) -> None:
+    """Biases of what writes too, which OPT has; quantised ones are refused in one sentence."""
+    runs: list[tuple[Path, dict[str, Any]]] = []
+    # Not llama-tied: of its head vLLM on a CPU keeps what it made before, of the dense model too.
+    for name, config in {"opt": OTHER_CONFIGS["opt"], "llama": tiny_config()}.items():
+        dense = save_tiny(tmp_path / name / "dense", config, torch.float32)
+        sliced = slice_tiny(dense, "low-rank", rank=4)
+        runs.append((sliced, {"rounds": 2, "reload": str(doubled_biases(sliced))}))
+    for (sliced, run), result in zip(runs, run_each(runs, EAGER), strict=True):
+        before, after = (greedy(Path(one), PROMPTS, TOKENS) for one in (sliced, run["reload"]))
+        assert before[0]["tokens"] != after[0]["tokens"]
+        check(result["outputs"], after, sliced)
+    stored = tmp_path / "int8"
+    run_quantize(QuantizeOptions(sliced, stored, "int8"), show_progress=False)
+    request = {"prompts": PROMPTS, "tokens": 1, "runs": [{"rounds": 2, "reload": str(stored)}]}
+    refused = run_script("vllm_features.py", [stored], request, EAGER)
+    assert refused.returncode != 0
+    assert "the weights of a running engine are in int8 and cannot be loaded" in refused.stderr
 
 
 def save_adapter(base: Path, directory: Path, targets: list[str]) -> Path:

@@ -1,14 +1,19 @@
 """Run vLLM on models, each with features of its own, and print what it generated and counted.
 
 Every run has options of the engine beside the common ones, LoRA adapters that all prompts are run
-with (none, without `adapters`), and the number of times that they are. A line of JSON for each has
-the tokens and logprobs of the last time and the engine's counters.
+with (none, without `adapters`), the number of times that they are, and a checkpoint whose weights
+are loaded before the last time. A line of JSON for each has the tokens and logprobs of the last
+time, the engine's counters, and how attention had its norm where a CPU fuses as a GPU does, which
+`fused` asks for.
 """
 
 import json
 import os
 import sys
 from typing import Any
+
+from vllm.platforms import current_platform
+from vllm_generate import fuse_all, read_placed, write_rows_apart
 
 COUNTERS = (
     "vllm:prefix_cache_hits",
@@ -24,7 +29,11 @@ def main(
     prompts: list[list[int]],
     tokens: int,
     options: dict[str, Any],
+    fused: bool = False,
 ) -> None:
+    if fused and current_platform.is_cpu():
+        write_rows_apart(set())
+        fuse_all()
     for directory, run in zip(directories, runs, strict=True):
         run["options"] = options | run.get("options", {})
         result = generate(directory, prompts, tokens, **run)
@@ -38,6 +47,7 @@ def generate(
     options: dict[str, Any],
     adapters: tuple[str | None, ...] = (None,),
     rounds: int = 1,
+    reload: str | None = None,
 ) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -61,7 +71,9 @@ def generate(
     ]
     batch = [{"prompt_token_ids": ids} for _ in requests for ids in prompts]
     chosen = [request for request in requests for _ in prompts]
-    for _ in range(rounds):
+    for number in range(1, rounds + 1):
+        if reload and number == rounds:
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": reload})
         outputs = llm.generate(batch, sampling, lora_request=chosen)
     results = []
     for output in outputs:
@@ -69,15 +81,17 @@ def generate(
         ids = list(completion.token_ids)
         steps = zip(completion.logprobs, ids, strict=True)
         results.append({"tokens": ids, "logprobs": [step[token].logprob for step, token in steps]})
+    placed = llm.collective_rpc(read_placed)
     counters = {
         metric.name: metric.value for metric in llm.get_metrics() if metric.name in COUNTERS
     }
     llm.llm_engine.engine_core.shutdown()
     del llm
     cleanup_dist_env_and_memory()
-    return {"outputs": results, "counters": counters}
+    return {"outputs": results, "counters": counters, "placed": placed}
 
 
 if __name__ == "__main__":
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a function is sent to the workers
     main(**json.loads(sys.argv[1]))
