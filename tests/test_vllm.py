@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import OTHER_CONFIGS, save_sliced, save_tiny, tiny_config
+from oldest import needs_asked_stages
 from safetensors.torch import load_file, save_file
 from test_checkpoint import damage_tensors, shard
 from transformers import AutoModelForCausalLM
@@ -239,7 +240,11 @@ def test_two_ranks_agree_and_rotations_need_no_all_reduce_of_their_own(
 
 
 @pytest.mark.parametrize(
-    ("labels", "parallel"), [(["rank-24", "low-rank"], "tensor"), (["low-rank"], "pipeline")]
+    ("labels", "parallel"),
+    [
+        (["rank-24", "low-rank"], "tensor"),
+        pytest.param(["low-rank"], "pipeline", marks=needs_asked_stages),
+    ],
 )
 def test_two_ranks_agree_compiled_and_fused_as_on_a_gpu(
     labels: list[str], parallel: str, others: dict[str, Path]
