@@ -97,13 +97,13 @@ def reference(
 
 
 if triton is not None:
-    # What differs from step to step, or before there is a cache: no kernel is to be compiled anew.
     @triton.jit  # type: ignore[untyped-decorator]
     def _mean_square(row, width, block: tl.constexpr):  # type: ignore[no-untyped-def]
         column = tl.arange(0, block)
         x = tl.load(row + column, mask=column < width, other=0.0).to(tl.float32)
         return tl.sum(x * x) / width
 
+    # What differs from step to step, or before there is a cache: no kernel is to be compiled anew.
     @triton.jit(do_not_specialize=["stored", "block_size"])  # type: ignore[untyped-decorator]
     def _placed(  # type: ignore[no-untyped-def]
         x_ptr, p_ptr, position_ptr, turn_ptr, slot_ptr, key_ptr, value_ptr, q_ptr, joined_ptr,

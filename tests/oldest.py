@@ -8,10 +8,10 @@ OLDEST = current_platform.is_cpu() and vllm.__version__.startswith("0.24.")
 
 # Its kernels for CPUs do not take what its sampler gives them for speculative decoding.
 DRAFTS = not OLDEST
-# It gathers the product of a factor of which every rank has all: on a CPU the shapes do not fit.
 needs_asked_stages = pytest.mark.skipif(
     OLDEST, reason="vLLM 0.24 waits forever for stages that were asked something and have ended"
 )
+# It gathers the product of a factor of which every rank has all: on a CPU the shapes do not fit.
 needs_sharded_adapters = pytest.mark.skipif(
     OLDEST, reason="vLLM 0.24 has no adapters under tensor parallelism on a CPU"
 )
