@@ -97,6 +97,7 @@ def reference(
 
 
 if triton is not None:
+
     @triton.jit  # type: ignore[untyped-decorator]
     def _mean_square(row, width, block: tl.constexpr):  # type: ignore[no-untyped-def]
         column = tl.arange(0, block)
