@@ -104,6 +104,12 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
             params_dtype=self.params_dtype,
             weight_loader=self.copy_part,
         )
+        # vLLM multiplies otherwise where no answer may depend on the batch.
+        self.adds_in_place = (
+            quant_config is None
+            and get_tensor_model_parallel_world_size() == 1
+            and not envs.VLLM_BATCH_INVARIANT
+        )
         self.scaled = scaled_product(self)
         self.group = group_size(self)
         if axis == 0 and biased:
@@ -242,9 +248,7 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
 
     def add_to(self, x: Tensor, a: Tensor) -> Tensor:
         """Return x [tokens, out] with `summed(a)` added; x may be changed."""
-        # vLLM multiplies otherwise where no answer may depend on the batch.
-        plain = self.quant_config is None and not envs.VLLM_BATCH_INVARIANT
-        if plain and x.is_cuda and get_tensor_model_parallel_world_size() == 1:
+        if self.adds_in_place and x.is_cuda:
             accumulate(x, a, self.weight)
             return self._with_biases(x)
         return x + self.summed(a)

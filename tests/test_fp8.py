@@ -6,15 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+from one_rank import one_rank
 from test_four_bits import unpacked
 from torch import Tensor
-from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.config import ModelConfig, VllmConfig
 from vllm.config.quantization import QuantizationConfigArgs
-from vllm.distributed import (
-    cleanup_dist_env_and_memory,
-    init_distributed_environment,
-    initialize_model_parallel,
-)
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsConfig,
 )
@@ -115,15 +111,11 @@ def test_rows_of_zeros_take_the_columns_scales() -> None:
 
 
 @pytest.fixture(scope="module")
-def one_rank(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """vLLM's process groups, of this process alone."""
+def in_float16(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     store = tmp_path_factory.mktemp("group") / "store"
     model = ModelConfig(str(tiny), dtype="float16", skip_tokenizer_init=True)
-    with set_current_vllm_config(VllmConfig(model_config=model)):
-        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-        initialize_model_parallel(1, 1)
+    with one_rank(VllmConfig(model_config=model), store):
         yield
-    cleanup_dist_env_and_memory()
 
 
 def stored_in(preset: str, strategy: str | None = None) -> CompressedTensorsConfig:
@@ -137,7 +129,7 @@ def stored_in(preset: str, strategy: str | None = None) -> CompressedTensorsConf
     return CompressedTensorsConfig.from_config(fields.model_dump(mode="json"))
 
 
-@pytest.mark.usefixtures("one_rank")
+@pytest.mark.usefixtures("in_float16")
 def test_rotations_join_what_they_can() -> None:
     llama, phi = (find_architecture(name) for name in ("LlamaForCausalLM", "PhiForCausalLM"))
     rows = OnlineQuantizationConfig(QuantizationConfigArgs(linear="fp8_per_channel"))
@@ -175,7 +167,7 @@ def joined_in_four_bits(axis: int, start: int) -> JoinedLinear:
     return JoinedLinear(parts, axis, 256, frozenset(), stored_in("W4A16"), prefix)
 
 
-@pytest.mark.usefixtures("one_rank")
+@pytest.mark.usefixtures("in_float16")
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_share_of_a_rotation_follows_in_four_bits(axis: int) -> None:
     whole = {"proj": values(512, 256, 2.0), "rotation": values(64, 256, 2.0)}
@@ -192,7 +184,7 @@ def test_a_share_of_a_rotation_follows_in_four_bits(axis: int) -> None:
     assert not numbers.narrow(axis, 160, 96).any()
 
 
-@pytest.mark.usefixtures("one_rank")
+@pytest.mark.usefixtures("in_float16")
 def test_a_rank_gets_no_part_of_a_group() -> None:
     linear, packer = joined_in_four_bits(1, 64), Packer(SCHEMES["w4a16"])
     weight = values(256, 512, 0.0)

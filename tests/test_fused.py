@@ -4,12 +4,8 @@ from pathlib import Path
 
 import pytest
 from conftest import save_sliced, tiny_config
-from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
-from vllm.distributed import (
-    cleanup_dist_env_and_memory,
-    init_distributed_environment,
-    initialize_model_parallel,
-)
+from one_rank import one_rank
+from vllm.config import ModelConfig, VllmConfig
 
 from sliceserve.server import fused
 from sliceserve.server.plugin import register
@@ -32,15 +28,10 @@ def test_no_norm_waits_where_it_would_change_answers(
     sliced = save_sliced(tmp_path / "sliced", tiny_config(num_hidden_layers=1), widths, [*ranks])
     model = ModelConfig(str(sliced), dtype=dtype, skip_tokenizer_init=True)
     config = VllmConfig(model_config=model)
-    try:
-        with set_current_vllm_config(config):
-            init_distributed_environment(1, 0, f"file://{tmp_path / 'store'}", 0, "gloo")
-            initialize_model_parallel(1, 1)
-            layer = fused.FusedDecoderLayer(
-                config, find_architecture("LlamaForCausalLM"), widths, [*ranks],
-                expected_shapes(model.hf_config), "model.layers.0",
-            )  # fmt: skip
-    finally:
-        cleanup_dist_env_and_memory()
+    with one_rank(config, tmp_path / "store"):
+        layer = fused.FusedDecoderLayer(
+            config, find_architecture("LlamaForCausalLM"), widths, [*ranks],
+            expected_shapes(model.hf_config), "model.layers.0",
+        )  # fmt: skip
     # Attention's waits only for `placed`, which a CPU's backend does not bear.
     assert layer.late_norms == [False, late]

@@ -172,7 +172,7 @@ def read_count(worker: Any) -> int:  # noqa: ARG001
 
 
 def read_placed(worker: Any) -> list[str]:  # noqa: ARG001
-    """How attention of a model that ran had its norm, since this was asked last."""
+    """How attention of a model that ran in this process had its norm, since this was asked last."""
     from sliceserve.server import placing
 
     seen: set[str] = getattr(placing.turned, "seen", set())
