@@ -35,9 +35,9 @@ from vllm.platforms import current_platform
 
 from sliceserve.kernels.gated import gated
 from sliceserve.kernels.rounded import rounded
-from sliceserve.server.joined import JoinedLinear, Part, shard
+from sliceserve.server.joined import JoinedLinear, Part, padding, shard
 from sliceserve.server.layers import LayerBuilder, Shapes, add_module, replace, sliced_norm
-from sliceserve.server.packed import group_size, padding
+from sliceserve.server.packed import group_size
 from sliceserve.server.placing import PlacingAttention, can_place, split_at_placing
 from sliceserve.server.roomy import RoomyAttention, can_make_room
 from sliceserve.server.taking import probe_linear
@@ -85,14 +85,14 @@ class FusedDecoderLayer(nn.Module):
             add_module(self, sublayer.norm, sliced_norm(width, config.hidden_size, eps))
             branches = [self._add_branch(builder, sublayer, path) for path in sublayer.branches]
             start, size = shard(width if rank is None else rank)
-            self.own_columns.append((start, size))
+            zeros = padding(size, packs) if rank else 0
+            self.own_columns.append((start, size + zeros))
             reads = [parts for parts, _ in branches]
             writes = [part for _, part in branches]
             rotation = f"{ROTATION}.{index}"
             if rank is None:
                 writes.append(Part(rotation, start, size))
             elif rank:
-                zeros = padding(size) if packs else 0
                 reads.append([Part(f"{rotation}.down", start, size, zeros)])
                 writes.append(Part(f"{rotation}.up", start, size, zeros))
             room = sum(part.span for part in writes[1:])

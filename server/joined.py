@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.distributed import (
@@ -29,9 +30,11 @@ from sliceserve.server.eight_bits import (
     round_rows,
     scaled_product,
 )
-from sliceserve.server.packed import PACKED, group_size, pack_padded
+from sliceserve.server.packed import PACKED, TILE, group_size, pack
 
-ALIGNMENT = 16  # elements; a shard of a rotation starts at a multiple: 16 bytes of eight bits
+# Elements; a shard of a rotation starts and ends at a multiple. It is 16 bytes of eight bits, and
+# what does not divide by it vLLM leaves to slower kernels.
+ALIGNMENT = 16
 
 
 class Part(NamedTuple):
@@ -55,6 +58,11 @@ class Part(NamedTuple):
         """How many rows or columns of the joined matrix are the part's."""
         return self.size + self.zeros
 
+    def share(self, matrix: Tensor, axis: int) -> Tensor:
+        """Return this rank's share of a whole matrix, and the zeros after it along the axis."""
+        widths = (0, self.zeros) if axis == 1 else (0, 0, 0, self.zeros)
+        return pad(matrix.narrow(axis, self.start, self.size), widths)
+
 
 def shard(length: int) -> tuple[int, int]:
     """Return start and size of this rank's share of an axis that need not divide evenly."""
@@ -62,6 +70,17 @@ def shard(length: int) -> tuple[int, int]:
     step = -(-length // (ranks * ALIGNMENT)) * ALIGNMENT
     start = min(length, rank * step)
     return start, min(length, start + step) - start
+
+
+def padding(size: int, packs: bool) -> int:
+    """Return the zeros that fill a rotation's share up to what products take at once.
+
+    Args:
+        size: of the share.
+        packs: whether it becomes a part of a matrix of four bits.
+
+    """
+    return -size % (TILE if packs else ALIGNMENT)
 
 
 class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
@@ -149,14 +168,16 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
         if kind == "weight_shape":
             self.weight_shape.data.copy_(torch.tensor([self.output_size, self.input_size]))
             return kind
-        if kind == "weight" and self.group is not None:
-            # A rotation: those are stored as they were.
-            (part,) = (part for part in self.parts if part.name == path)
-            share = tensor.narrow(self.axis, part.start, part.size).to(self.params_dtype)
-            packed = pack_padded(share, self.axis, part.zeros, self.group) if part.size else {}
-            for packed_kind, source in packed.items():
-                self.load(f"{path}.{packed_kind}", source)
-            return "weight_packed"
+        if kind == "weight":
+            for part in self.parts:
+                # Of a matrix of four bits only rotations were stored as they were.
+                if part.name == path and (part.zeros or self.group is not None):
+                    tensor = part.share(tensor, self.axis)
+            if self.group is not None:
+                packed = pack(tensor.to(self.params_dtype), self.group) if tensor.numel() else {}
+                for packed_kind, source in packed.items():
+                    self.load(f"{path}.{packed_kind}", source)
+                return "weight_packed"
         # vLLM wraps the loader of a matrix that it quantises when all of it has come.
         parameter: Any = getattr(self, kind)
         parameter.weight_loader(parameter, tensor, name)

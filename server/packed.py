@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from vllm import envs
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.platforms import current_platform
@@ -53,26 +52,17 @@ def _rounds_inputs(dtype: torch.dtype) -> bool:
     return envs.VLLM_MARLIN_INPUT_DTYPE is not None
 
 
-def padding(size: int) -> int:
-    """Return the zeros that fill a rotation's share up to whole tiles."""
-    return -size % TILE
-
-
-def pack_padded(matrix: Tensor, axis: int, zeros: int, group: int) -> dict[str, Tensor]:
+def pack(matrix: Tensor, group: int) -> dict[str, Tensor]:
     """Round a matrix to nearest and pack it.
 
     Args:
         matrix: [out, in].
-        axis: where zeros are added.
-        zeros: how many.
         group: inputs that share a scale.
 
     Returns:
-        `weight_packed` [out, in / 8] and `weight_scale` [out, in / group], with the zeros.
+        `weight_packed` [out, in / 8] and `weight_scale` [out, in / group].
 
     """
-    widths = (0, zeros) if axis == 1 else (0, 0, 0, zeros)
-    padded = pad(matrix, widths)
     packer = Packer(replace(FOUR_BITS, group_size=group))
-    packed = packer.pack(padded, packer.scales(padded))
+    packed = packer.pack(matrix, packer.scales(matrix))
     return {name: packed[name] for name in ("weight_packed", "weight_scale")}

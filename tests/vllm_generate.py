@@ -205,6 +205,9 @@ def generate(
 
     before = compilation_counter.clone()
     llm = LLM(model=directory, **(DEFAULTS | options))
+    if options.get("enable_sleep_mode"):
+        llm.sleep()
+        llm.wake_up()
     counts = count_all_reduces(llm) if count else None
     sampling = SamplingParams(**GREEDY, max_tokens=tokens)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
