@@ -99,7 +99,7 @@ def slice_command(device: str | None, **options: object) -> int:
     from sliceserve.slicing.source import quiet_transformers
 
     quiet_transformers()
-    chosen = SliceOptions(device=device or _default_device(), **options)  # type: ignore[arg-type]
+    chosen = SliceOptions(device=_place(device), **options)  # type: ignore[arg-type]
     run = run_slice(chosen)
     print(describe(run.summary))
     print(f"{'took':<12} {run.stopwatch}")
@@ -127,7 +127,7 @@ def perplexity_command(backend: str, device: str | None, as_json: bool, **option
     if device and backend == "vllm":
         raise UserError(f"--device {device!r}: with --backend vllm, vLLM chooses the device")
     quiet_transformers()
-    place = device or _default_device()
+    place = _place(device)
     result = measure_text(backend=backend, device=place, **options)  # type: ignore[arg-type]
     if as_json:
         print(json.dumps(asdict(result), indent=2))
@@ -153,7 +153,7 @@ def evaluate_command(
         if len(models) > 1:
             print(as_table({model: scores}), file=sys.stderr)
 
-    place = device or _default_device()
+    place = _place(device)
     results = evaluate(models, device=place, on_result=show, **options)  # type: ignore[arg-type]
     if as_json:
         fields = {
@@ -176,7 +176,7 @@ def finetune_command(device: str | None, **options: object) -> int:
     from sliceserve.slicing.source import quiet_transformers
 
     quiet_transformers()
-    chosen = FinetuneOptions(device=device or _default_device(), **options)  # type: ignore[arg-type]
+    chosen = FinetuneOptions(device=_place(device), **options)  # type: ignore[arg-type]
     run = run_finetune(chosen)
     print(describe(run.summary))
     print(
@@ -252,7 +252,7 @@ def quantize_command(device: str | None, **options: object) -> int:
     from sliceserve.slicing.source import quiet_transformers
 
     quiet_transformers()
-    chosen = QuantizeOptions(device=device or _default_device(), **options)  # type: ignore[arg-type]
+    chosen = QuantizeOptions(device=_place(device), **options)  # type: ignore[arg-type]
     print(describe(run_quantize(chosen)))
     return 0
 
@@ -269,10 +269,14 @@ def plan_command(as_json: bool, **options: object) -> int:
     return 0
 
 
-def _default_device() -> str:
+def _place(device: str | None) -> str:
+    """Return where to compute; the host's part takes as many threads as it is given CPUs."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    from sliceserve.slicing.threads import limit_threads
+
+    limit_threads()
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
