@@ -44,8 +44,8 @@ quickstart: install model
 	$(BIN)/python benchmarks/quickstart.py $(MODEL) --work quickstart-output
 
 # Threads of several processes on the same cores would mostly wait for each other.
-test: export OMP_NUM_THREADS = 1
-test: export VLLM_CPU_OMP_THREADS_BIND = nobind
+test: export OMP_NUM_THREADS ?= 1
+test: export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 test: install model
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
 	    --smollm2=$(abspath $(MODEL)) $(TESTS)

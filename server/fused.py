@@ -77,7 +77,7 @@ class FusedDecoderLayer(nn.Module):
         self.places: list[bool] = []
         self.joined_reads, self.joined_writes = nn.ModuleList(), nn.ModuleList()
         self.input_sizes: list[list[int]] = []
-        self.own_columns: list[tuple[int, int]] = []
+        self.own_columns: list[tuple[int, int]] = []  # of a whole rotation those of the stream
         self.joins: list[bool] = []
         packs = group_size(probe_linear(builder.quant_config, prefix)) is not None
         for index, (sublayer, rank) in enumerate(zip(architecture.sublayers, ranks, strict=True)):

@@ -32,8 +32,8 @@ from sliceserve.server.eight_bits import (
 )
 from sliceserve.server.packed import PACKED, TILE, group_size, pack
 
-# Elements; a shard of a rotation starts and ends at a multiple. It is 16 bytes of eight bits, and
-# what does not divide by it vLLM leaves to slower kernels.
+# Elements; a shard of a rotation starts at a multiple, and a low-rank one is filled up to one. In
+# eight bits it is 16 bytes; what does not divide by it vLLM copies, or leaves to slower kernels.
 ALIGNMENT = 16
 
 

@@ -1,4 +1,4 @@
-"""How many threads a container's limit of CPUs is worth.
+"""How many threads a container's limit of CPUs is worth, for what computes outside of vLLM.
 
 torch starts one a core of the host. Where the limit is below that, threads that have had their
 share of a period are stopped, and those that have not wait for them.

@@ -185,6 +185,35 @@ def test_a_share_of_a_rotation_follows_in_four_bits(axis: int) -> None:
 
 
 @pytest.mark.usefixtures("in_float16")
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("preset", "dtype"), [("INT8", torch.int8), ("FP8_DYNAMIC", FP8)])
+def test_a_share_of_a_rotation_follows_in_eight_bits(
+    preset: str, dtype: torch.dtype, axis: int
+) -> None:
+    """The second share of a rotation of rank 52, filled up with zeros."""
+    parts = [Part("proj", 256, 128), Part("rotation", 32, 20, zeros=12)]
+    prefix = "model.layers.0.joined_reads.0"
+    linear = JoinedLinear(parts, axis, 256, frozenset(), stored_in(preset), prefix)
+    whole = {"proj": values(512, 256, 0.5), "rotation": values(52, 256, 0.5)}
+    whole = {name: tensor if axis == 0 else tensor.T for name, tensor in whole.items()}
+    weight, scale = round_rows(whole["proj"], dtype)
+    linear.load("proj.weight", weight)
+    linear.load("proj.weight_scale", scale)
+    linear.load("rotation.weight", whole["rotation"])
+    divisors = torch.ones(160)
+    divisors[128:] *= linear.finish_loading()
+    scales = linear.weight_scale.double() * (divisors if axis == 1 else 1)
+    found = linear.weight.double() * scales
+    shares = [whole["proj"].narrow(axis, 256, 128), whole["rotation"].narrow(axis, 32, 20)]
+    expected = torch.cat([*shares, torch.zeros_like(shares[0].narrow(axis, 0, 12))], axis).double()
+    furthest = (
+        scales if dtype == torch.int8 else torch.maximum(expected.abs() * 2**-3, scales * 2**-9)
+    )
+    assert ((found - expected).abs() <= furthest * (1 + 1e-5)).all()
+    assert not found.narrow(axis, 148, 12).any()
+
+
+@pytest.mark.usefixtures("in_float16")
 def test_a_rank_gets_no_part_of_a_group() -> None:
     linear, packer = joined_in_four_bits(1, 64), Packer(SCHEMES["w4a16"])
     weight = values(256, 512, 0.0)

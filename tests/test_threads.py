@@ -42,11 +42,28 @@ def three_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize(("quota", "expected"), [("150000", 2), ("max", 3), ("6400000", 3)])
-def test_commands_compute_in_no_more_threads(
-    quota: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    group = written(tmp_path, 2, quota)
-    monkeypatch.setattr(threads, "limit_threads", lambda: limit_threads(group))
-    code = cli.main(["perplexity", str(tmp_path / "none"), "--text", str(tmp_path / "none")])
-    assert code == 2
+def test_no_more_threads_than_cpus(quota: str, expected: int, tmp_path: Path) -> None:
+    limit_threads(written(tmp_path, 2, quota))
     assert torch.get_num_threads() == expected
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["slice", "none", "--output", "new", "--fraction", "0.25"],
+        ["perplexity", "none", "--text", "none"],
+        ["evaluate", "none", "--tasks", "none"],
+        ["finetune", "none", "--output", "new"],
+        ["quantize", "none", "--output", "new", "--scheme", "fp8"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_command_that_computes_heeds_the_limit(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    group = written(tmp_path, 2, "200000")
+    monkeypatch.setattr(threads, "limit_threads", lambda: limit_threads(group))
+    assert cli.main(command) == 2
+    assert torch.get_num_threads() == 2
