@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
 
 PROMPTS = [[1, 2, 3, 4, 5], [200, 7, 99], list(range(40))]
 EAGER = {"enforce_eager": True}
+PATIENCE = 300  # seconds
 # Attention on a GPU computes float32 input at a lower precision.
 TOLERANCE = 3e-2 if torch.cuda.is_available() else 1e-3
 
@@ -57,7 +59,9 @@ def run_script(
         # The engine in the same process: another start of Python and vLLM takes most of the time.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
-    if any(f"{kind}_parallel_size" in options for kind in ("tensor", "pipeline", "data")):
+    if "nnodes" in options:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    elif any(f"{kind}_parallel_size" in options for kind in ("tensor", "pipeline", "data")):
         # Two workers share the cores; vLLM's own binding wants a NUMA node for each.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     return subprocess.run(
@@ -66,6 +70,7 @@ def run_script(
         text=True,
         env=environment,
         check=False,
+        timeout=PATIENCE if "nnodes" in options else None,  # one node waits for another for ever
     )
 
 
@@ -264,6 +269,36 @@ def test_two_engines_side_by_side_agree(others: dict[str, Path]) -> None:
     assert len(got) == 2 * len(PROMPTS)
     for served in (got[: len(PROMPTS)], got[len(PROMPTS) :]):
         check_agreement(model, served)
+
+
+def test_two_nodes_agree(others: dict[str, Path], tmp_path: Path) -> None:
+    """Tensor-parallel over two nodes by vLLM's own multiprocessing, both of them on this one."""
+    model = others["llama-tied-rank-24"]
+    shared: dict[str, Any] = {
+        "tensor_parallel_size": 2, "nnodes": 2, "master_addr": "127.0.0.1", "dtype": "float32",
+        "distributed_executor_backend": "mp", "max_model_len": 128, "max_num_seqs": 8,
+    }  # fmt: skip
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        shared["master_port"] = held.getsockname()[1]
+    script = str(Path(__file__).with_name("headless_node.py"))
+    command = [sys.executable, script, "--model", str(model), "--node-rank", "1", "--enforce-eager"]
+    for name, value in shared.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    log = tmp_path / "node.log"
+    environment = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    with log.open("w") as file:
+        node = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+    try:
+        got = generate(model, PROMPTS, 12, EAGER | shared)
+    finally:
+        node.terminate()
+        node.wait(timeout=60)
+    check_agreement(model, got)
+    assert "rank=1" in log.read_text()
 
 
 def split_checkpoint(directory: Path) -> None:
