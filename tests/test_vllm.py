@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from conftest import OTHER_CONFIGS, save_sliced, save_tiny, tiny_config
 from oldest import needs_asked_stages
 from safetensors.torch import load_file, save_file
+from server_process import reserved_port
 from test_checkpoint import damage_tensors, shard
 from transformers import AutoModelForCausalLM
 
@@ -278,25 +278,23 @@ def test_two_nodes_agree(others: dict[str, Path], tmp_path: Path) -> None:
         "tensor_parallel_size": 2, "nnodes": 2, "master_addr": "127.0.0.1", "dtype": "float32",
         "distributed_executor_backend": "mp", "max_model_len": 128, "max_num_seqs": 8,
     }  # fmt: skip
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        shared["master_port"] = held.getsockname()[1]
     script = str(Path(__file__).with_name("headless_node.py"))
-    command = [sys.executable, script, "--model", str(model), "--node-rank", "1", "--enforce-eager"]
-    for name, value in shared.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    log = tmp_path / "node.log"
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
-    with log.open("w") as file:
+    log = tmp_path / "node.log"
+    with reserved_port() as port, log.open("w") as file:
+        shared["master_port"] = port
+        command = [sys.executable, script, "--model", str(model), "--enforce-eager"]
+        for name, value in (shared | {"node_rank": 1}).items():
+            command += [f"--{name.replace('_', '-')}", str(value)]
         node = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-    try:
-        got = generate(model, PROMPTS, 12, EAGER | shared)
-    finally:
-        node.terminate()
-        node.wait(timeout=60)
+        try:
+            got = generate(model, PROMPTS, 12, EAGER | shared)
+        finally:
+            node.terminate()
+            node.wait(timeout=60)
     check_agreement(model, got)
     assert "rank=1" in log.read_text()
 
