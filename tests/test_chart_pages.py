@@ -205,7 +205,8 @@ def test_the_operators_page_names_values_and_options_that_exist() -> None:
     tops = "|".join(values)
     named = set(re.findall(rf"(?<=[`' ])((?:{tops})(?:\.[A-Za-z]+)+)(?=[=`])", page))
     assert len(named) > 25
-    free = ("monitoring.labels.release", "slice.resources.limits.memory")
+    limits = (f"slice.resources.limits.{name}" for name in ("cpu", "memory"))
+    free = ("monitoring.labels.release", *limits)
     for name in named - set(free):
         place: Any = values
         for part in name.split("."):
