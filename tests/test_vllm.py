@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import OTHER_CONFIGS, save_sliced, save_tiny, tiny_config
+from forked import run_forked
 from oldest import needs_asked_stages
 from safetensors.torch import load_file, save_file
 from server_process import reserved_port
@@ -64,14 +65,9 @@ def run_script(
     elif any(f"{kind}_parallel_size" in options for kind in ("tensor", "pipeline", "data")):
         # Two workers share the cores; vLLM's own binding wants a NUMA node for each.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
-    return subprocess.run(
-        [sys.executable, str(script), json.dumps(request | {"options": options})],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-        timeout=PATIENCE if "nnodes" in options else None,  # one node waits for another for ever
-    )
+    # One node waits for another for ever.
+    timeout = PATIENCE if "nnodes" in options else None
+    return run_forked(script, [json.dumps(request | {"options": options})], environment, timeout)
 
 
 def generate_each(

@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from vllm.platforms import current_platform
-from vllm_generate import fuse_all, read_placed, write_rows_apart
+from vllm_generate import fork_workers, fuse_all, read_placed, write_rows_apart
 
 COUNTERS = (
     "vllm:prefix_cache_hits",
@@ -31,6 +31,8 @@ def main(
     options: dict[str, Any],
     fused: bool = False,
 ) -> None:
+    if current_platform.is_cpu():
+        fork_workers()
     if fused and current_platform.is_cpu():
         write_rows_apart(set())
         fuse_all()

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from itertools import accumulate
+from multiprocessing import get_context
 from typing import Any
 
 from cpu_products import stand_in_where_needed
@@ -45,6 +46,8 @@ def main(
     pieces: bool = False,
     memory: bool = False,
 ) -> None:
+    if current_platform.is_cpu():
+        fork_workers()
     if pieces and current_platform.is_cpu():
         os.environ[AS_ON_A_GPU] = "1"
         run_as_on_a_gpu()
@@ -61,6 +64,13 @@ def main(
             results = generate(directory, prompts, tokens, variant | options, count, pieces)
         results |= {"apart": sorted(APART), "loading": loading}
         print("RESULT " + json.dumps(results), flush=True)
+
+
+def fork_workers() -> None:
+    """Have a CPU's workers forked, as a GPU's are: most of their start is to import vLLM."""
+    from vllm.v1.executor import multiproc_executor
+
+    multiproc_executor.get_mp_context = lambda: get_context("fork")
 
 
 def run_as_on_a_gpu() -> None:
