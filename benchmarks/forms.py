@@ -1,13 +1,15 @@
-"""What each form of a sliced model costs in vLLM: a shape with dummy weights, dense against sliced.
+"""What each form of a sliced model costs in vLLM: shapes with dummy weights, dense against sliced.
 
     python benchmarks/forms.py llama-2-7b OUT --fraction 0.25
+    python benchmarks/forms.py opt-13b phi-2 OUT --fraction 0.2 0.3 --rotation low-rank
     python benchmarks/forms.py llama-2-70b OUT --fraction 0.2 0.25 0.3 --tensor-parallel 2 \\
         --fewer 1 --gpus 2
 
 Every row runs in a process of its own, forked from one that has imported vLLM, and is kept in
-OUT/rows.jsonl, so that a run that was stopped goes on where it was; the table comes last. `--fewer
-N` adds the sliced models on N GPUs; `--gpus` says how many this machine has (the first of
-CUDA_VISIBLE_DEVICES, where that is set): rows that need fewer run beside each other.
+OUT/rows.jsonl, so that a run that was stopped goes on where it was; the table comes last, with the
+ratio to the first row of the same shape and quantisation in parentheses. `--fewer N` adds the
+sliced models on N GPUs; `--gpus` says how many this machine has (the first of CUDA_VISIBLE_DEVICES,
+where that is set): rows that need fewer run beside each other.
 `--quantization` takes what vLLM quantises by while it loads (fp8_per_channel, …), and stored-int8,
 stored-w4a16 and stored-fp8 for what `sliceserve quantize` stores.
 """
@@ -39,6 +41,7 @@ INPUT, STEPS = 128, 128
 CAPTURED = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 NAMES = {"dense": "whole rotations", "low-rank": "low-rank", "shared": "shared basis"}
 COLUMNS = {
+    "shape": "shape",
     "name": "form",
     "gpus": "GPUs",
     "parameters": "parameters",
@@ -57,6 +60,7 @@ COLUMNS = {
 class Row:
     """One model on some GPUs."""
 
+    shape: str
     name: str
     directory: Path
     parameters: int
@@ -73,7 +77,8 @@ class Row:
     @property
     def key(self) -> str:
         """A name of its own."""
-        return f"{self.label} tp{self.tensor_parallel} pp{self.pipeline_parallel}"
+        parallel = f"tp{self.tensor_parallel} pp{self.pipeline_parallel}"
+        return f"{self.shape} {self.label} {parallel}"
 
     @property
     def label(self) -> str:
@@ -144,19 +149,24 @@ def measure(row: Row, utilization: float, full: bool, repeats: int) -> dict[str,
 
 
 def plan(options: argparse.Namespace) -> list[Row]:
-    """Write the configs and list the rows: the dense model first."""
+    """Write the configs and list the rows of every shape: the dense model first."""
+    return [row for shape in options.shape for row in plan_shape(shape, options)]
+
+
+def plan_shape(shape: str, options: argparse.Namespace) -> list[Row]:
+    """Write the configs of a shape, in a folder of its own, and list its rows."""
     tensor, pipeline = options.tensor_parallel, options.pipeline_parallel
-    work: Path = options.output
-    dense = write_dense_shape(options.shape, work / "dense")
-    rows = [Row("dense", work / "dense", dense, tensor, pipeline)]
+    work: Path = options.output / shape
+    dense = write_dense_shape(shape, work / "dense")
+    rows = [Row(shape, "dense", work / "dense", dense, tensor, pipeline)]
     for fraction in options.fraction:
         for rotation in options.rotation:
             name = f"{fraction:.0%} {NAMES[rotation]}"
             directory = work / f"{rotation}-{fraction}"
             count = write_sliced_shape(
-                options.shape, directory, fraction, rotation, options.round_to, options.rank
+                shape, directory, fraction, rotation, options.round_to, options.rank
             )
-            rows.append(Row(name, directory, count, tensor, pipeline))
+            rows.append(Row(shape, name, directory, count, tensor, pipeline))
         if options.fewer:
             few = rows[-len(options.rotation) :]
             rows += [
@@ -269,20 +279,22 @@ def run_row(row: Row, gpus: list[str], options: argparse.Namespace) -> None:
 
 
 def table(rows: list[Row], done: dict[str, Any]) -> str:
-    """Return the rows as Markdown, times and rates with their ratio to the first row's."""
-    lines = [f"| {' | '.join(COLUMNS.values())} |", f"| --- |{' ---: |' * (len(COLUMNS) - 1)}"]
-    first = None
+    """Return the rows as Markdown, times and rates with their ratio to the first alike."""
+    lines = [f"| {' | '.join(COLUMNS.values())} |"]
+    lines.append(f"| --- | --- |{' ---: |' * (len(COLUMNS) - 2)}")
+    firsts: dict[tuple[str, str | None], dict[str, Any]] = {}
     for row in rows:
         if row.key not in done:
             continue
         values = done[row.key] | {
+            "shape": row.shape,
             "name": row.label + (" (pipeline)" if row.pipeline_parallel > 1 else ""),
             "gpus": row.gpus,
             "parameters": row.parameters,
             "gpu_ms": row.gpus * done[row.key]["batch_1"],
             "gpu_ms_64": row.gpus * done[row.key]["batch_64"] / 64,
         }
-        first = first or values
+        first = firsts.setdefault((row.shape, row.quantization), values)
         cells = []
         for key in COLUMNS:
             value = values.get(key)
@@ -299,7 +311,7 @@ def table(rows: list[Row], done: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("shape", nargs="+", choices=SHAPES)
     parser.add_argument("output", type=Path, metavar="OUT")
     parser.add_argument("--fraction", type=float, nargs="+", default=[0.25])
     parser.add_argument("--rotation", choices=ROTATIONS, nargs="+", default=list(ROTATIONS))

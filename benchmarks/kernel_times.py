@@ -1,6 +1,6 @@
 """Which GPU kernels a model's time goes to: one token at batch 1, 64 and 256, and prefill.
 
-    python benchmarks/kernel_times.py OUT/low-rank-0.25
+    python benchmarks/kernel_times.py OUT/llama-2-7b/low-rank-0.25
 
 DIR needs a config only, as `forms.py` and `make_shape.py` write it: the weights are dummies. For
 each load the microseconds a step, by the clock and in kernels, and for each kernel those, how many
