@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import save_sliced, tiny_config
 from rounding import FP8, rounded, scale_of, widened
@@ -120,8 +121,8 @@ def round_four_bits(model: nn.Module) -> None:
 def test_two_ranks_share_rotations_groups_and_scales_and_add_biases_once(tmp_path: Path) -> None:
     """Of most rotations both ranks have a part, of some only the first.
 
-    A value in the middle of two of eight bits may be rounded otherwise on another CPU: one prompt
-    may differ by what that makes. What is shared wrongly changes all of them.
+    Prompts are short: of more values one is sooner in the middle of two that eight bits have, and
+    rounded otherwise on another CPU.
     """
     wider: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 256}
     biased = tiny_config(**wider, attention_bias=True, mlp_bias=True)
@@ -132,7 +133,7 @@ def test_two_ranks_share_rotations_groups_and_scales_and_add_biases_once(tmp_pat
     }
     dtypes = [{"dtype": "float32"}, {"dtype": "float32"}, {"dtype": "float16"}]
     options = EAGER | {"tensor_parallel_size": 2}
-    prompts = [*PROMPTS, [17], [250, 3], [33, 44, 55, 66]]
+    prompts = [*PROMPTS[:2], [17], [250, 3], [33, 44, 55, 66]]
     results = generate_each(list(models.values()), prompts, 1, options, dtypes)
     tolerances = {"int8": 2e-3, "fp8": 2e-3, "w4a16": 2e-2}
     for (scheme, directory), served in zip(models.items(), results, strict=True):
@@ -140,9 +141,6 @@ def test_two_ranks_share_rotations_groups_and_scales_and_add_biases_once(tmp_pat
         if scheme in DTYPES:
             wide = widened(directory, tmp_path / f"{scheme}-wide")
             prepare = partial(round_in_shares, directory=directory, scheme=scheme)
-        expected = greedy(wide, prompts, 1, prepare)
-        assert [got["tokens"] for got in served] == [one["tokens"] for one in expected], scheme
-        pairs = zip(served, expected, strict=True)
-        *most, furthest = sorted(abs(got["logprobs"][0] - one["logprobs"][0]) for got, one in pairs)
-        assert max(most) <= tolerances[scheme], scheme
-        assert furthest <= 0.05, scheme
+        for ours, theirs in zip(served, greedy(wide, prompts, 1, prepare), strict=True):
+            assert ours["tokens"] == theirs["tokens"], scheme
+            assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=tolerances[scheme])
