@@ -11,7 +11,8 @@ ratio to the first row of the same shape and quantisation in parentheses. `--few
 sliced models on N GPUs; `--gpus` says how many this machine has (the first of CUDA_VISIBLE_DEVICES,
 where that is set): rows that need fewer run beside each other.
 `--quantization` takes what vLLM quantises by while it loads (fp8_per_channel, …), and stored-int8,
-stored-w4a16 and stored-fp8 for what `sliceserve quantize` stores.
+stored-w4a16 and stored-fp8 for what `sliceserve quantize` stores. With `--adapter RANK` every
+request uses a LoRA adapter of that rank, of every linear of the layers.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from make_shape import ROTATIONS, write_dense_shape, write_sliced_shape
+from make_shape import ROTATIONS, write_adapter, write_dense_shape, write_sliced_shape
 from shapes import SHAPES
 from tqdm import tqdm
 
@@ -68,6 +69,7 @@ class Row:
     pipeline_parallel: int
     quantization: str | None = None
     stored: bool = False
+    adapter: int | None = None
 
     @property
     def gpus(self) -> int:
@@ -83,7 +85,8 @@ class Row:
     @property
     def label(self) -> str:
         """What the table calls it."""
-        return f"{self.name}, {self.quantization}" if self.quantization else self.name
+        label = f"{self.name}, {self.quantization}" if self.quantization else self.name
+        return f"{label}, adapter of rank {self.adapter}" if self.adapter else label
 
 
 def measure(row: Row, utilization: float, full: bool, repeats: int) -> dict[str, Any]:
@@ -91,9 +94,15 @@ def measure(row: Row, utilization: float, full: bool, repeats: int) -> dict[str,
     # What is sent to the workers is a function.
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     from sliceserve.server.dummies import keep_stream
 
+    adapter, options = None, {}
+    if row.adapter:
+        path = write_adapter(row.directory, row.adapter)
+        adapter = LoRARequest(path.name, 1, str(path))
+        options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": row.adapter}
     start = time.perf_counter()
     llm = LLM(
         model=str(row.directory),
@@ -109,6 +118,7 @@ def measure(row: Row, utilization: float, full: bool, repeats: int) -> dict[str,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
         compilation_config={"cudagraph_capture_sizes": CAPTURED},
+        **options,
     )
     llm.apply_model(keep_stream)
     cache = llm.llm_engine.vllm_config.cache_config
@@ -133,7 +143,7 @@ def measure(row: Row, utilization: float, full: bool, repeats: int) -> dict[str,
                 for prompt in range(prompts)
             ]
             start = time.perf_counter()
-            llm.generate(batch, sampling, use_tqdm=False)
+            llm.generate(batch, sampling, use_tqdm=False, lora_request=adapter)
             times.append(time.perf_counter() - start)
         return min(times)
 
@@ -172,6 +182,7 @@ def plan_shape(shape: str, options: argparse.Namespace) -> list[Row]:
             rows += [
                 replace(row, tensor_parallel=options.fewer, pipeline_parallel=1) for row in few
             ]
+    rows = [replace(row, adapter=options.adapter) for row in rows]
     return [
         quantised(row, name, rows[-1].directory) for name in options.quantization for row in rows
     ]
@@ -323,6 +334,7 @@ def main() -> int:
         default=["none"],
         help=f"of the linears: none, what vLLM makes while it loads, or {STORED}SCHEME",
     )
+    parser.add_argument("--adapter", type=int, metavar="RANK", help="of LoRA, in every request")
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--pipeline-parallel", type=int, default=1)
     parser.add_argument("--fewer", type=int, help="GPUs for a second run of each sliced model")

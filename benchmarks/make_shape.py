@@ -5,18 +5,20 @@ sliceserve benchmark OUT/low-rank-0.25 --against OUT/dense --load-format dummy
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from safetensors.torch import save_file
 from shapes import SHAPES, dense_config
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sliceserve.slicing.architectures import find_architecture
 from sliceserve.slicing.config import sliced_config
-from sliceserve.slicing.modeling import expected_shapes
+from sliceserve.slicing.modeling import SlicedConfig, expected_shapes
 from sliceserve.slicing.rotations import default_rank
 from sliceserve.slicing.shape import sliced_width
 
@@ -58,6 +60,39 @@ def write_sliced_shape(
     )
     config.save_pretrained(directory)
     return sum(torch.Size(size).numel() for size in expected_shapes(config).values())
+
+
+def write_adapter(directory: Path, rank: int) -> Path:
+    """Write a LoRA adapter of every linear of a model's layers, as peft does; return where.
+
+    Args:
+        directory: of the config of a dense or a sliced model.
+        rank: of the adapter.
+
+    """
+    config = AutoConfig.from_pretrained(directory)
+    with init_empty_weights():
+        model: Any = AutoModelForCausalLM.from_config(config)
+    name = config.description.architecture if isinstance(config, SlicedConfig) else None
+    architecture = find_architecture(name or config.architectures[0])
+    linears = [path for part in architecture.sublayers for path in (*part.reads, *part.writes)]
+    generator = torch.Generator().manual_seed(0)
+    factors = {}
+    for path, module in model.named_modules():
+        if not path.startswith(f"{architecture.layers}.") or not path.endswith(tuple(linears)):
+            continue
+        outputs, inputs = module.weight.shape
+        # Small, so that the stream stays about what it was.
+        for factor, size, scale in (("A", (rank, inputs), 1.0), ("B", (outputs, rank), 1e-2)):
+            drawn = torch.randn(size, generator=generator) * scale * inputs**-0.5
+            factors[f"base_model.model.{path}.lora_{factor}.weight"] = drawn.bfloat16()
+    adapter = directory / f"adapter-{rank}"
+    adapter.mkdir(exist_ok=True)
+    save_file(factors, adapter / "adapter_model.safetensors")
+    targets = sorted({path.rsplit(".", 1)[-1] for path in linears})
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets}
+    (adapter / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    return adapter
 
 
 def main() -> int:

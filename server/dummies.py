@@ -48,7 +48,7 @@ def _whole_rotation(layer: FusedDecoderLayer | SlicedDecoderLayer, index: int) -
         return rotation.weight if isinstance(rotation, nn.Linear) else None
     if layer.ranks[index] is not None:
         return None  # of four bits there would be no weight
-    writes: Any = layer.joined_writes[index]
+    _, writes = layer.joined(index)
     weight: Tensor = writes.weight
     _, size = layer.own_columns[index]
     # Eight bits have been turned, and take no random numbers; four are no matrix.

@@ -35,6 +35,7 @@ from vllm.platforms import current_platform
 
 from sliceserve.kernels.gated import gated
 from sliceserve.kernels.rounded import rounded
+from sliceserve.server.adapted import names_of
 from sliceserve.server.joined import JoinedLinear, Part, padding, shard
 from sliceserve.server.layers import LayerBuilder, Shapes, add_module, replace, sliced_norm
 from sliceserve.server.packed import group_size
@@ -75,7 +76,9 @@ class FusedDecoderLayer(nn.Module):
         self.gates: list[bool] = []
         self.late_norms: list[bool] = []
         self.places: list[bool] = []
-        self.joined_reads, self.joined_writes = nn.ModuleList(), nn.ModuleList()
+        self.joined_reads, self.joined_writes = nn.ModuleDict(), nn.ModuleDict()
+        self.read_names: list[str] = []
+        self.write_names: list[str] = []
         self.input_sizes: list[list[int]] = []
         self.own_columns: list[tuple[int, int]] = []  # of a whole rotation those of the stream
         self.joins: list[bool] = []
@@ -109,17 +112,25 @@ class FusedDecoderLayer(nn.Module):
             self.late_norms.append(late and (gates or (places and not normed)))
             self.places.append(places)
             self.input_sizes.append([sum(part.span for part in parts) for parts in reads])
-            self.joined_reads.append(
-                self._join(builder, [part for parts in reads for part in parts], 0, width)
-            )
-            self.joined_writes.append(self._join(builder, writes, 1, next_width))
+            joined = [part for parts in reads for part in parts]
+            self.read_names.append(self._join(builder, joined, 0, width))
+            self.write_names.append(self._join(builder, writes, 1, next_width))
 
-    def _join(self, builder: LayerBuilder, parts: list[Part], axis: int, other: int) -> nn.Module:
+    def _join(self, builder: LayerBuilder, parts: list[Part], axis: int, other: int) -> str:
         biased = frozenset(part.name for part in parts if builder.has_bias(part.name))
-        made = self.joined_writes if axis else self.joined_reads
-        prefix = f"{builder.prefix}.{'joined_writes' if axis else 'joined_reads'}.{len(made)}"
-        joined: nn.Module = JoinedLinear(parts, axis, other, biased, builder.quant_config, prefix)
-        return joined
+        kind, made = [("reads", self.joined_reads), ("writes", self.joined_writes)][axis]
+        prefix = f"{builder.prefix}.joined_{kind}.{len(made)}"
+        linear = JoinedLinear(parts, axis, other, biased, builder.quant_config, prefix)
+        # By the last link of a linear's name vLLM knows its adapters.
+        paths = names_of(linear)
+        name = paths[0].rpartition(".")[2] if len(paths) == 1 else f"{kind}_{len(made)}"
+        made[name] = linear
+        return name
+
+    def joined(self, index: int) -> tuple[Any, Any]:
+        """Return the linears with which a sublayer reads and writes the stream."""
+        reads, writes = self.read_names[index], self.write_names[index]
+        return self.joined_reads[reads], self.joined_writes[writes]
 
     def _add_branch(
         self, builder: LayerBuilder, sublayer: Sublayer, branch: Branch
@@ -186,10 +197,9 @@ class FusedDecoderLayer(nn.Module):
 
     def finish_loading(self) -> None:
         """Round rotations that came into matrices of eight bits."""
-        for reads, writes in zip(self.joined_reads, self.joined_writes, strict=True):
-            joined_reads: Any = reads
-            joined_writes: Any = writes
-            joined_reads.finish_loading(joined_writes.finish_loading())
+        for index in range(len(self.ranks)):
+            reads, writes = self.joined(index)
+            reads.finish_loading(writes.finish_loading())
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """Run the layer: [tokens, widths[0]] to [tokens, widths[-1]]; the input may be changed."""
@@ -200,8 +210,8 @@ class FusedDecoderLayer(nn.Module):
     def _run_sublayer(self, index: int, sublayer: Sublayer, positions: Tensor, x: Tensor) -> Tensor:
         norm: Any = self.get_submodule(sublayer.norm)
         rank, (start, size) = self.ranks[index], self.own_columns[index]
-        writes: Any = self.joined_writes[index]
-        projected = self.joined_reads[index](x if self.late_norms[index] else norm(x))
+        reads, writes = self.joined(index)
+        projected = reads(x if self.late_norms[index] else norm(x))
         if self.places[index]:
             return self._write_placed(index, positions, x, projected)
         if self.late_norms[index]:
@@ -241,7 +251,7 @@ class FusedDecoderLayer(nn.Module):
     def _write_placed(self, index: int, positions: Tensor, x: Tensor, projected: Tensor) -> Tensor:
         """Run what is left of a sublayer whose attention takes the joined product as it is."""
         attention: Any = self.get_submodule(self.architecture.attention)
-        writes: Any = self.joined_writes[index]
+        _, writes = self.joined(index)
         start, size = self.own_columns[index]
         # As below, bound to a name before attention.
         beside = x[..., start : start + size] if self.ranks[index] is None else None

@@ -265,13 +265,13 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
     def summed(self, a: Tensor) -> Tensor:
         """Return a·Wᵀ summed over the ranks, with biases: [tokens, out]."""
         summed: Tensor = tensor_model_parallel_all_reduce(self(a))
-        return self._with_biases(summed)
+        return self.with_biases(summed)
 
     def add_to(self, x: Tensor, a: Tensor) -> Tensor:
         """Return x [tokens, out] with `summed(a)` added; x may be changed."""
         if self.adds_in_place and x.is_cuda:
             accumulate(x, a, self.weight)
-            return self._with_biases(x)
+            return self.with_biases(x)
         return x + self.summed(a)
 
     def add_rounded_to(self, x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
@@ -297,9 +297,10 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
                 bias=None,
                 output_shape=[len(q), x.shape[-1]],
             )
-        return self._with_biases(x + tensor_model_parallel_all_reduce(product))
+        return self.with_biases(x + tensor_model_parallel_all_reduce(product))
 
-    def _with_biases(self, x: Tensor) -> Tensor:
+    def with_biases(self, x: Tensor) -> Tensor:
+        """Add the biases of what was summed over the ranks, [tokens, out]."""
         for bias in self.summed_biases.values():
             x = x + bias
         return x

@@ -28,6 +28,7 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from sliceserve.server.adapted import adapt_joined
 from sliceserve.server.cpu import check_products, choose_products
 from sliceserve.server.drafts import dispatch_drafts
 from sliceserve.server.fused import FusedDecoderLayer
@@ -85,11 +86,13 @@ class SlicedModel(nn.Module):
             index = int(prefix.rsplit(".", 1)[1])
             start, end = index * step, (index + 1) * step
             around, between = widths[start : end + 1], slicing.ranks[start:end]
-            # Other quantised linears, and those that LoRA wraps, keep to vLLM's own classes.
-            quant_config = vllm_config.quant_config
-            fused = vllm_config.lora_config is None and (
-                quant_config is None or takes_rotations(quant_config, architecture, between, prefix)
+            # Other quantised linears keep to vLLM's own classes.
+            quant_config, lora_config = vllm_config.quant_config, vllm_config.lora_config
+            fused = quant_config is None or takes_rotations(
+                quant_config, architecture, between, prefix
             )
+            if lora_config is not None:
+                fused = quant_config is None and not lora_config.fully_sharded_loras
             kind = FusedDecoderLayer if fused else SlicedDecoderLayer
             return kind(vllm_config, architecture, around, between, shapes, prefix)
 
@@ -145,7 +148,7 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
     LoRA adapters may adapt every linear of a layer, but neither rotations nor the head.
     """
 
-    hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr=RENAMED)  # of adapters' names
+    hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr=RENAMED)
     packed_modules_mapping = {  # noqa: RUF012 - vLLM reads a plain dict
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
@@ -182,6 +185,10 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
         self.model = SlicedModel(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), shapes=self.shapes
         )
+        if vllm_config.lora_config is not None:
+            packed, renamed = adapt_joined(self.model)
+            self.packed_modules_mapping |= packed
+            self.hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr=renamed | RENAMED)
         widths = config.description.widths
         self.head_width = widths[-1]
         self.is_draft = is_draft(vllm_config)

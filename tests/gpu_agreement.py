@@ -7,8 +7,9 @@ Phi, on one GPU, eager and compiled with CUDA graphs, and with two GPUs also ten
 pipeline-parallel, it prints the largest difference in logprob of the tokens that vLLM chose, over
 prompts fed to both, and exits with 1 above the tolerance of bfloat16. The same in fp8, int8 and
 four bits, against Transformers rounding alike in float32, and with what servers are started with:
-float16, a KV cache in fp8, another attention, weights on the CPU, after a sleep. Then,
-tensor-parallel, the all-reduces of one step, dense and sliced.
+float16, a KV cache in fp8, another attention, weights on the CPU, after a sleep; and of requests
+with a LoRA adapter, against merged weights in float32. Then, tensor-parallel, the all-reduces of
+one step, dense and sliced.
 """
 
 import argparse
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adapters import make_adapter
 from conftest import save_tiny, tiny_config
 from rounding import round_joined, round_joined_int8, round_rotations, widened
-from test_vllm import generate_each, read_results, run_vllm
+from test_vllm import generate_each, read_results, run_script, run_vllm
 from transformers import AutoModelForCausalLM, PhiConfig, PreTrainedConfig
 
 from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
@@ -49,6 +51,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "triton-attention": {"attention_backend": "TRITON_ATTN"},
     "offloaded": {"cpu_offload_gb": 1},
     "asleep": {"enable_sleep_mode": True},
+    "adapter": {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1},
     "tensor-parallel": {"tensor_parallel_size": 2},
     "pipeline-parallel": {"pipeline_parallel_size": 2},
 }
@@ -107,6 +110,22 @@ def load_reference(name: str, directory: Path) -> Any:
     return model.cuda().eval()
 
 
+def run_adapted(models: dict[str, Path], settings: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """Give each model an adapter; return what vLLM generates with it, and references."""
+    adapters, merged = zip(*(make_adapter(path, 0.05) for path in models.values()), strict=True)
+    request = {
+        "prompts": PROMPTS,
+        "tokens": 32,
+        "runs": [{"adapters": [str(adapter)]} for adapter in adapters],
+    }
+    run = run_script("vllm_features.py", list(models.values()), request, settings)
+    results = [found["outputs"] for found in read_results(run, len(models))]
+    loaded: list[Any] = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in merged
+    ]
+    return results, [model.cuda().eval() for model in loaded]
+
+
 def make_models(work: Path, names: list[str]) -> dict[str, Path]:
     """Slice, and quantise, what is asked for; return the directories by name."""
     configs = dense_configs()
@@ -157,13 +176,18 @@ def main() -> int:
         } | LAYOUTS[layout]
         # A process has one engine that can sleep.
         apart = [[one] for one in models.values()] if layout == "asleep" else [[*models.values()]]
-        results = [
-            result
-            for group in apart
-            for result in generate_each(group, PROMPTS, 32, settings, [{}] * len(group))
-        ]
-        for name, result in zip(models, results, strict=True):
-            found = difference(references[name], result)
+        if layout == "adapter":
+            names = [name for name in models if name not in QUANTISED]
+            results, compared = run_adapted({name: models[name] for name in names}, settings)
+        else:
+            names, compared = list(models), list(references.values())
+            results = [
+                result
+                for group in apart
+                for result in generate_each(group, PROMPTS, 32, settings, [{}] * len(group))
+            ]
+        for name, reference, result in zip(names, compared, results, strict=True):
+            found = difference(reference, result)
             tolerance = max(TOLERANCES.get(one, TOLERANCE) for one in (name, layout))
             passed = passed and found <= tolerance
             print(

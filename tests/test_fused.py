@@ -47,7 +47,7 @@ def test_no_norm_waits_where_it_would_change_answers(
 def test_ranks_are_filled_up_with_zeros_to_whole_sixteens(tmp_path: Path) -> None:
     layer = one_layer([20, 5], "float32", tmp_path)
     for index, (rank, span) in enumerate([(20, 32), (5, 16)]):
-        reads, writes = layer.joined_reads[index], layer.joined_writes[index]
+        reads, writes = layer.joined(index)
         down, up = torch.randn(rank, 64), torch.randn(64, rank)
         for joined in (reads, writes):
             joined.weight.data.fill_(torch.nan)

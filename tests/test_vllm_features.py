@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import make_adapter
 from conftest import OTHER_CONFIGS, save_tiny, tiny_config
 from oldest import DRAFTS, needs_sharded_adapters
 from peft import LoraConfig, get_peft_model
@@ -14,11 +15,8 @@ from test_vllm import EAGER, TOLERANCE, greedy, read_results, run_script
 from transformers import AutoModelForCausalLM
 
 from sliceserve.server.serve import main
-from sliceserve.slicing.architectures import find_architecture
 from sliceserve.slicing.errors import UserError
-from sliceserve.slicing.finetune import adapted_linears
 from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
-from sliceserve.slicing.modeling import SlicedForCausalLM
 from sliceserve.slicing.quantize import QuantizeOptions, run_quantize
 
 PROMPTS = [[1, 2, 3, 4, 5] * 8, [200, 7, 99], list(range(40))]
@@ -148,28 +146,12 @@ def test_adapters_of_another_width_or_place_are_refused(
             main([str(forms["low-rank"]), "--enable-lora", "--lora-modules", f"mine={adapter}"])
 
 
-def make_adapter(sliced: Path) -> tuple[Path, Path]:
-    """Make a random adapter of a sliced model with peft, and the model with it merged."""
-    model: Any = SlicedForCausalLM.from_pretrained(sliced)
-    architecture = find_architecture(model.config.description.architecture)
-    targets = adapted_linears(architecture)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
-    adapted = get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.15 * torch.randn(parameter.shape, generator=generator)
-    adapter, merged = sliced.with_name("adapter"), sliced.with_name("merged")
-    adapted.save_pretrained(adapter)
-    adapted.merge_and_unload().save_pretrained(merged)
-    return adapter, merged
-
-
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path, Path]]:
     """Sliced models, adapters of them, and the two merged."""
     models = {}
-    for name, form in (("llama-tied", "low-rank"), ("opt", "whole"), ("phi3", "shared")):
+    models_forms = {"llama-tied": "low-rank", "opt": "whole", "phi3": "shared", "phi": "low-rank"}
+    for name, form in models_forms.items():
         work = tmp_path_factory.mktemp(name)
         dense = save_tiny(work / "dense", OTHER_CONFIGS[name], torch.float32)
         sliced = slice_tiny(dense, "sliced", **FORMS[form])
@@ -178,24 +160,31 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, P
 
 
 @pytest.mark.parametrize(
-    ("names", "options"),
+    ("names", "options", "fused"),
     [
-        pytest.param(["llama-tied", "opt", "phi3"], EAGER, id="eager"),
+        pytest.param(["llama-tied", "opt", "phi3", "phi"], EAGER, False, id="eager"),
+        pytest.param(["llama-tied", "phi3", "phi"], EAGER, True, id="fused-as-on-a-gpu"),
         pytest.param(
-            ["llama-tied"],
+            ["llama-tied", "phi"],
             {"tensor_parallel_size": 2},
+            False,
             id="tp2-compiled",
             marks=needs_sharded_adapters,
         ),
     ],
 )
 def test_adapters_give_the_tokens_of_merged_weights(
-    names: list[str], options: dict[str, Any], adapted: dict[str, tuple[Path, Path, Path]]
+    names: list[str],
+    options: dict[str, Any],
+    fused: bool,
+    adapted: dict[str, tuple[Path, Path, Path]],
 ) -> None:
     """Requests with and without the adapter share a batch."""
     lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
     runs = [(adapted[name][0], {"adapters": [None, str(adapted[name][1])]}) for name in names]
-    for name, result in zip(names, run_each(runs, options | lora), strict=True):
+    for name, result in zip(names, run_each(runs, options | lora, fused), strict=True):
+        if fused and name == "llama-tied" and not torch.cuda.is_available():
+            assert result["placed"] == ["late"], name
         sliced, _, merged = adapted[name]
         plain, changed = (greedy(model, PROMPTS, TOKENS) for model in (sliced, merged))
         assert plain[0]["tokens"] != changed[0]["tokens"]
