@@ -48,11 +48,9 @@ from sliceserve.slicing.modeling import ROTATION
 Branch = tuple[str, ...]
 
 
-class _Passed(nn.Module):
-    """Stands in attention for a linear whose product the layer has computed, or will."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return x, None
+def _passed(x: Tensor) -> tuple[Tensor, None]:
+    """Stand in attention for a linear whose product the layer has computed, or will."""
+    return x, None
 
 
 class FusedDecoderLayer(nn.Module):
@@ -139,7 +137,7 @@ class FusedDecoderLayer(nn.Module):
         if branch == (self.architecture.attention,):
             attention: Any = builder.attention(sublayer)
             for name in ("qkv_proj", "o_proj"):
-                replace(attention, name, _Passed())
+                replace(attention, name, _passed)
             add_module(self, self.architecture.attention, attention)
             return _attention_parts(attention, *linears_of(sublayer, branch))
         reads, write = linears_of(sublayer, branch)

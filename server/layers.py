@@ -7,6 +7,7 @@ Under tensor parallelism rotations are replicated: they need no communication of
 Other layers are those of `sliceserve.server.fused`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -211,13 +212,15 @@ class SlicedDecoderLayer(nn.Module):
         return x
 
 
-def replace(module: nn.Module, name: str, new: nn.Module) -> None:
-    """Put another module in the place of one of vLLM's, whose weights are let go of.
+def replace(module: nn.Module, name: str, new: Callable[..., Any]) -> None:
+    """Put a module, or a function, in the place of a module of vLLM's, whose weights are let go of.
 
-    They refer to it, and it to them: Python would keep them until it looks for such circles.
+    They refer to it, and it to them: Python would keep them until it looks for such circles. Where
+    vLLM looks for linears to adapt it does not find a function.
     """
     for parameter in module.get_submodule(name).parameters():
         parameter.data = parameter.data.new_empty(0)
+    delattr(module, name)
     setattr(module, name, new)
 
 

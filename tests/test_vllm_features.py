@@ -189,3 +189,26 @@ def test_adapters_give_the_tokens_of_merged_weights(
         plain, changed = (greedy(model, PROMPTS, TOKENS) for model in (sliced, merged))
         assert plain[0]["tokens"] != changed[0]["tokens"]
         check(result["outputs"], plain + changed, name)
+
+
+def test_only_linears_that_are_asked_for_are_adapted(
+    adapted: dict[str, tuple[Path, Path, Path]], tmp_path: Path
+) -> None:
+    """`--lora-target-modules` leaves out what an adapter has for others."""
+    sliced, adapter, _ = adapted["opt"]
+    asked = ["q_proj", "k_proj", "v_proj", "out_proj", "fc2"]
+    some = shutil.copytree(adapter, tmp_path / "some")
+    factors = load_file(adapter / "adapter_model.safetensors")
+    kept = {name: factor for name, factor in factors.items() if ".fc1." not in name}
+    assert 0 < len(kept) < len(factors)
+    save_file(kept, some / "adapter_model.safetensors")
+    restricted = {"options": {"lora_target_modules": asked}}
+    runs = [
+        (sliced, {"adapters": [str(some)]}),
+        (sliced, {"adapters": [str(adapter)]} | restricted),
+        (sliced, {"adapters": [str(adapter)]}),
+    ]
+    lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
+    fewer, left_out, all_of_it = (found["outputs"] for found in run_each(runs, EAGER | lora))
+    check(left_out, fewer, "restricted")
+    assert [one["tokens"] for one in all_of_it] != [one["tokens"] for one in fewer]
