@@ -27,7 +27,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from make_shape import ROTATIONS, write_adapter, write_dense_shape, write_sliced_shape
+from make_shape import ROTATIONS, adapter_of, write_adapter, write_dense_shape, write_sliced_shape
 from shapes import SHAPES
 from tqdm import tqdm
 
@@ -100,8 +100,7 @@ def measure(row: Row, utilization: float, full: bool, repeats: int) -> dict[str,
 
     adapter, options = None, {}
     if row.adapter:
-        path = write_adapter(row.directory, row.adapter)
-        adapter = LoRARequest(path.name, 1, str(path))
+        adapter = LoRARequest("adapter", 1, str(adapter_of(row.directory, row.adapter)))
         options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": row.adapter}
     start = time.perf_counter()
     llm = LLM(
@@ -183,6 +182,8 @@ def plan_shape(shape: str, options: argparse.Namespace) -> list[Row]:
                 replace(row, tensor_parallel=options.fewer, pipeline_parallel=1) for row in few
             ]
     rows = [replace(row, adapter=options.adapter) for row in rows]
+    for directory in {row.directory for row in rows if options.adapter}:
+        write_adapter(directory, options.adapter)
     return [
         quantised(row, name, rows[-1].directory) for name in options.quantization for row in rows
     ]

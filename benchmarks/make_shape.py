@@ -62,8 +62,13 @@ def write_sliced_shape(
     return sum(torch.Size(size).numel() for size in expected_shapes(config).values())
 
 
-def write_adapter(directory: Path, rank: int) -> Path:
-    """Write a LoRA adapter of every linear of a model's layers, as peft does; return where.
+def adapter_of(directory: Path, rank: int) -> Path:
+    """Where a model's adapter of a rank is."""
+    return directory / f"adapter-{rank}"
+
+
+def write_adapter(directory: Path, rank: int) -> None:
+    """Write a LoRA adapter of every linear of a model's layers, as peft does.
 
     Args:
         directory: of the config of a dense or a sliced model.
@@ -86,13 +91,12 @@ def write_adapter(directory: Path, rank: int) -> Path:
         for factor, size, scale in (("A", (rank, inputs), 1.0), ("B", (outputs, rank), 1e-2)):
             drawn = torch.randn(size, generator=generator) * scale * inputs**-0.5
             factors[f"base_model.model.{path}.lora_{factor}.weight"] = drawn.bfloat16()
-    adapter = directory / f"adapter-{rank}"
+    adapter = adapter_of(directory, rank)
     adapter.mkdir(exist_ok=True)
     save_file(factors, adapter / "adapter_model.safetensors")
     targets = sorted({path.rsplit(".", 1)[-1] for path in linears})
     fields = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets}
     (adapter / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    return adapter
 
 
 def main() -> int:

@@ -17,20 +17,27 @@ from torch import Tensor, nn
 from vllm.config.lora import LoRAConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.lora import utils
-from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.platforms import current_platform
 
 from sliceserve.kernels.accumulate import accumulate
+from sliceserve.kernels.rounded import rounded
 from sliceserve.server.joined import JoinedLinear, Part
 from sliceserve.slicing.modeling import ROTATION
 
+# Of vLLM's own models, whose names `--lora-target-modules` may have too.
+PACKS = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
-class AdaptedJoinedLinear(BaseLinearLayerWithLoRA):  # type: ignore[misc]  # vLLM is untyped here
+
+class AdaptedJoinedLinear(BaseLayerWithLoRA):  # type: ignore[misc]  # vLLM is untyped here
     """A joined linear with the adapters that are in use, in vLLM's buffers for them."""
 
     def __init__(self, base_layer: JoinedLinear) -> None:
         """Wrap a linear; `create_lora_weights` makes the buffers."""
-        super().__init__(base_layer)
-        self.scaled = base_layer.scaled
+        super().__init__()
+        self.base_layer = base_layer
+        # Adapters read what is not rounded: `add_to` rounds that, and not the layer.
+        self.scaled = None
         self.parts = _adaptable(base_layer)
         self.names = names_of(base_layer)
 
@@ -41,7 +48,8 @@ class AdaptedJoinedLinear(BaseLinearLayerWithLoRA):  # type: ignore[misc]  # vLL
         model_config: Any = None,  # noqa: ARG002 - vLLM names it
     ) -> None:
         """Make the buffers: of each part when joined by rows, else one for all of them."""
-        self.lora_config = lora_config
+        targets = lora_config.target_modules
+        self.asked_for = [one for one in self.names if targets is None or _is_among(one, targets)]
         self.rank = lora_config.max_lora_rank
         outputs, inputs = self.base_layer.output_size, self.base_layer.input_size
         if self.base_layer.axis == 0:
@@ -49,14 +57,24 @@ class AdaptedJoinedLinear(BaseLinearLayerWithLoRA):  # type: ignore[misc]  # vLL
         else:
             sizes, rank = [outputs], self.rank * len(self.parts)
 
+        dtype, device = lora_config.lora_dtype, current_platform.device_type
+
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(
-                max_loras, 1, *shape, dtype=lora_config.lora_dtype, device=self.device
-            )
+            return torch.zeros(max_loras, 1, *shape, dtype=dtype, device=device)
 
         self.n_slices, self.output_slices = len(sizes), tuple(sizes)
         self.lora_a_stacked = tuple(zeros(rank, inputs) for _ in sizes)
         self.lora_b_stacked = tuple(zeros(size, rank) for size in sizes)
+
+    @property
+    def weight(self) -> Tensor:
+        """The joined matrix."""
+        return self.base_layer.weight  # type: ignore[no-any-return]
+
+    def reset_lora(self, index: int) -> None:
+        """Empty a place of the buffers."""
+        for stacked in (*self.lora_a_stacked, *self.lora_b_stacked):
+            stacked[index] = 0
 
     def set_lora(
         self,
@@ -78,7 +96,7 @@ class AdaptedJoinedLinear(BaseLinearLayerWithLoRA):  # type: ignore[misc]  # vLL
         offset = 0
         for number, part in enumerate(self.parts):
             a, b = given.get(part.name, (None, None))
-            if a is not None and b is not None:
+            if a is not None and b is not None and part.name in self.asked_for:
                 self._put(index, number, offset, part, a, b)
             offset += part.span
 
@@ -92,8 +110,10 @@ class AdaptedJoinedLinear(BaseLinearLayerWithLoRA):  # type: ignore[misc]  # vLL
         else:
             a = a[:, own]
             first = number * self.rank
-            a_place = self.lora_a_stacked[0][index, 0, first:, offset : offset + part.size]
-            b_place = self.lora_b_stacked[0][index, 0, :, first:]
+            # A factor that is too large fits neither, as in vLLM's own linears.
+            rows = slice(first, first + self.rank)
+            a_place = self.lora_a_stacked[0][index, 0, rows, offset : offset + part.size]
+            b_place = self.lora_b_stacked[0][index, 0, :, rows]
         a_place[: a.shape[0], : a.shape[1]].copy_(a, non_blocking=True)
         b_place[: b.shape[0], : b.shape[1]].copy_(b, non_blocking=True)
 
@@ -111,18 +131,23 @@ class AdaptedJoinedLinear(BaseLinearLayerWithLoRA):  # type: ignore[misc]  # vLL
     def summed(self, a: Tensor) -> Tensor:
         """Do what `JoinedLinear.summed` does."""
         summed: Tensor = tensor_model_parallel_all_reduce(self(a))
-        return self.base_layer.with_biases(summed)  # type: ignore[no-any-return]
+        return self.base_layer.with_biases(summed)
 
     def add_to(self, x: Tensor, a: Tensor) -> Tensor:
         """Do what `JoinedLinear.add_to` does."""
-        if self.base_layer.adds_in_place and x.is_cuda:
-            accumulate(x, a, self.base_layer.weight)
-            return self.base_layer.with_biases(self._adapt(x, a))  # type: ignore[no-any-return]
+        base: JoinedLinear = self.base_layer
+        if base.adds_into(x):
+            accumulate(x, a, base.weight)
+            return base.with_biases(self._adapt(x, a))
+        if base.scaled is not None and x.is_cuda:
+            q, scale = rounded(a, a[:, :0], None, False, base.weight.dtype)
+            product = self._adapt(base.rounded_product(q, scale, x.dtype), a)
+            return base.with_biases(x + tensor_model_parallel_all_reduce(product))
         return x + self.summed(a)
 
     def finish_loading(self, factors: Tensor | float = 1.0) -> Tensor | float:
         """Do what `JoinedLinear.finish_loading` does."""
-        return self.base_layer.finish_loading(factors)  # type: ignore[no-any-return]
+        return self.base_layer.finish_loading(factors)
 
     @classmethod
     def can_replace_layer(
@@ -144,6 +169,12 @@ def _adaptable(linear: JoinedLinear) -> list[Part]:
 def names_of(linear: JoinedLinear) -> list[str]:
     """Return the matrices that can have adapters, by their paths in the layer."""
     return list(dict.fromkeys(part.name for part in _adaptable(linear)))
+
+
+def _is_among(path: str, targets: list[str]) -> bool:
+    """Whether a matrix, or what vLLM would have stacked it in, is asked for by its last name."""
+    last = path.rpartition(".")[2]
+    return last in targets or any(last in PACKS[name] for name in targets if name in PACKS)
 
 
 def adapt_joined(model: nn.Module) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -169,6 +200,9 @@ def adapt_joined(model: nn.Module) -> tuple[dict[str, list[str]], dict[str, str]
         lasts = [one.rpartition(".")[2] for one in paths]
         if len(paths) > 1:
             packed[name] = lasts
+            # Who asks for what vLLM would have stacked asks for the linear that it is in.
+            stacked = {whole: parts for whole, parts in PACKS.items() if {*parts} <= {*lasts}}
+            packed |= {whole: [*parts, name] for whole, parts in stacked.items()}
         for one, last in zip(paths, lasts, strict=True):
             renamed[f".{one}.lora_"] = f".{parent}.{last}.lora_"
     return packed, renamed

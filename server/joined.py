@@ -267,9 +267,13 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
         summed: Tensor = tensor_model_parallel_all_reduce(self(a))
         return self.with_biases(summed)
 
+    def adds_into(self, x: Tensor) -> bool:
+        """Whether what is added to a stream is added where that lies."""
+        return self.adds_in_place and x.is_cuda
+
     def add_to(self, x: Tensor, a: Tensor) -> Tensor:
         """Return x [tokens, out] with `summed(a)` added; x may be changed."""
-        if self.adds_in_place and x.is_cuda:
+        if self.adds_into(x):
             accumulate(x, a, self.weight)
             return self.with_biases(x)
         return x + self.summed(a)
@@ -283,21 +287,27 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
             scale: of each token, [tokens, 1].
 
         """
+        product = self.rounded_product(q, scale, x.dtype)
+        return self.with_biases(x + tensor_model_parallel_all_reduce(product))
+
+    def rounded_product(self, q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return (q·scale)·Wᵀ of this rank in a dtype, [tokens, out]; q as in `add_rounded_to`."""
+        product: Tensor
         if q.dtype == torch.int8:
             product = ops.cutlass_scaled_mm(
-                q, self.weight, scale_a=scale, scale_b=self.weight_scale, out_dtype=x.dtype
+                q, self.weight, scale_a=scale, scale_b=self.weight_scale, out_dtype=dtype
             )
         else:
             product = self.scaled.apply_scaled_mm(
                 A=q,
                 B=self.weight,
-                out_dtype=x.dtype,
+                out_dtype=dtype,
                 As=scale,
                 Bs=self.weight_scale,
                 bias=None,
-                output_shape=[len(q), x.shape[-1]],
+                output_shape=[len(q), self.output_size],
             )
-        return self.with_biases(x + tensor_model_parallel_all_reduce(product))
+        return product
 
     def with_biases(self, x: Tensor) -> Tensor:
         """Add the biases of what was summed over the ranks, [tokens, out]."""

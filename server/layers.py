@@ -1,4 +1,4 @@
-"""Decoder layers whose quantised linears take no rotations in, or have LoRA; or with sharded LoRA.
+"""Decoder layers whose quantised linears take no rotations in, or with sharded LoRA.
 
 Their linears are vLLM's own, and rotations stand beside them.
 

@@ -28,7 +28,7 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from sliceserve.server.adapted import adapt_joined
+from sliceserve.server.adapted import PACKS, adapt_joined
 from sliceserve.server.cpu import check_products, choose_products
 from sliceserve.server.drafts import dispatch_drafts
 from sliceserve.server.fused import FusedDecoderLayer
@@ -86,13 +86,12 @@ class SlicedModel(nn.Module):
             index = int(prefix.rsplit(".", 1)[1])
             start, end = index * step, (index + 1) * step
             around, between = widths[start : end + 1], slicing.ranks[start:end]
-            # Other quantised linears keep to vLLM's own classes.
+            # Other quantised linears, and those with sharded adapters, keep to vLLM's own classes.
             quant_config, lora_config = vllm_config.quant_config, vllm_config.lora_config
             fused = quant_config is None or takes_rotations(
                 quant_config, architecture, between, prefix
             )
-            if lora_config is not None:
-                fused = quant_config is None and not lora_config.fully_sharded_loras
+            fused = fused and not (lora_config and lora_config.fully_sharded_loras)
             kind = FusedDecoderLayer if fused else SlicedDecoderLayer
             return kind(vllm_config, architecture, around, between, shapes, prefix)
 
@@ -149,10 +148,7 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
     """
 
     hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr=RENAMED)
-    packed_modules_mapping = {  # noqa: RUF012 - vLLM reads a plain dict
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
+    packed_modules_mapping = PACKS
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         """Make the modules of this rank.
@@ -275,7 +271,10 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
                 continue
             if target in joined:
                 path, module, relative = joined[target]
-                yield f"{path}.{module.load(relative, tensor)}"
+                loaded = f"{path}.{module.load(relative, tensor)}"
+                yield loaded
+                # What takes adapters is wrapped; where it is loaded anew vLLM 0.32 leaves that out.
+                yield loaded.replace(".base_layer.", ".")
                 continue
             shard: tuple[str | int, ...] = ()
             for part, (whole, index) in STACKED.items():

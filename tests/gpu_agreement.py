@@ -43,6 +43,7 @@ FORMS: dict[str, dict[str, Any]] = {
 QUANTISED = ["fp8", "int8", "w4a16"]  # of the low-rank form
 MODELS = [*FORMS, "phi", *QUANTISED]
 
+ADAPTERS: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
     "compiled": {},
@@ -51,7 +52,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "triton-attention": {"attention_backend": "TRITON_ATTN"},
     "offloaded": {"cpu_offload_gb": 1},
     "asleep": {"enable_sleep_mode": True},
-    "adapter": {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1},
+    "adapter": dict(ADAPTERS),
+    "adapter-tensor-parallel": ADAPTERS | {"tensor_parallel_size": 2},
     "tensor-parallel": {"tensor_parallel_size": 2},
     "pipeline-parallel": {"pipeline_parallel_size": 2},
 }
@@ -110,20 +112,22 @@ def load_reference(name: str, directory: Path) -> Any:
     return model.cuda().eval()
 
 
-def run_adapted(models: dict[str, Path], settings: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-    """Give each model an adapter; return what vLLM generates with it, and references."""
-    adapters, merged = zip(*(make_adapter(path, 0.05) for path in models.values()), strict=True)
-    request = {
-        "prompts": PROMPTS,
-        "tokens": 32,
-        "runs": [{"adapters": [str(adapter)]} for adapter in adapters],
-    }
+def run_adapted(
+    models: dict[str, Path], references: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, tuple[Any, list[dict[str, Any]]]]:
+    """Generate, with an adapter for a half of each batch; return references and results by name."""
+    made = [make_adapter(path, 0.05) for path in models.values()]
+    runs = [{"adapters": [None, str(adapter)]} for adapter, _ in made]
+    request = {"prompts": PROMPTS, "tokens": 32, "runs": runs}
     run = run_script("vllm_features.py", list(models.values()), request, settings)
-    results = [found["outputs"] for found in read_results(run, len(models))]
-    loaded: list[Any] = [
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in merged
-    ]
-    return results, [model.cuda().eval() for model in loaded]
+    found = {}
+    results = read_results(run, len(models))
+    for name, (_, merged), result in zip(models, made, results, strict=True):
+        without, with_one = result["outputs"][: len(PROMPTS)], result["outputs"][len(PROMPTS) :]
+        model: Any = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+        found[name] = (references[name], without)
+        found[f"{name}, adapted"] = (model.cuda().eval(), with_one)
+    return found
 
 
 def make_models(work: Path, names: list[str]) -> dict[str, Path]:
@@ -176,17 +180,18 @@ def main() -> int:
         } | LAYOUTS[layout]
         # A process has one engine that can sleep.
         apart = [[one] for one in models.values()] if layout == "asleep" else [[*models.values()]]
-        if layout == "adapter":
-            names = [name for name in models if name not in QUANTISED]
-            results, compared = run_adapted({name: models[name] for name in names}, settings)
+        if layout.startswith("adapter"):
+            plain = {name: path for name, path in models.items() if name not in QUANTISED}
+            compared = run_adapted(plain, references, settings) if plain else {}
         else:
-            names, compared = list(models), list(references.values())
             results = [
                 result
                 for group in apart
                 for result in generate_each(group, PROMPTS, 32, settings, [{}] * len(group))
             ]
-        for name, reference, result in zip(names, compared, results, strict=True):
+            pairs = zip(references.values(), results, strict=True)
+            compared = dict(zip(models, pairs, strict=True))
+        for name, (reference, result) in compared.items():
             found = difference(reference, result)
             tolerance = max(TOLERANCES.get(one, TOLERANCE) for one in (name, layout))
             passed = passed and found <= tolerance

@@ -1,6 +1,6 @@
 """Adapters on joined linears, beside sums in float64."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pytest
@@ -55,19 +55,24 @@ def whole_sizes(parts: list[Part]) -> dict[str, int]:
     return {part.name: 2 * part.start + 48 for part in parts}
 
 
-def adapted_linear(parts: list[Part], axis: int) -> tuple[Any, Tensor]:
-    """Make a joined linear that takes adapters; return it and its matrix."""
+def adapted_linear(
+    parts: list[Part], axis: int, targets: list[str] | None = None, packs: bool = True
+) -> tuple[Any, Tensor]:
+    """Make a joined linear that takes adapters, packed as on CPUs; return it and its matrix."""
     linear = JoinedLinear(parts, axis, WIDTH, frozenset(), None, "layers.0.joined_reads.reads_0")
     sizes = whole_sizes(parts)
     for name, size in sizes.items():
         whole = values(size, WIDTH, seed=len(name))
         linear.load(f"{name}.weight", whole if axis == 0 else whole.T)
     weight = linear.weight.detach().clone().double()
-    linear.quant_method.process_weights_after_loading(linear)
+    if packs:
+        linear.quant_method.process_weights_after_loading(linear)
     layer = torch.nn.ModuleDict({"joined_reads": torch.nn.ModuleDict({"reads_0": linear})})
     adapt_joined(layer)
     # A CPU's vLLM gives tokens without an adapter the last place, which stays empty.
-    lora = LoRAConfig(max_lora_rank=8, max_loras=3, lora_dtype=torch.float32)
+    lora = LoRAConfig(
+        max_lora_rank=8, max_loras=3, lora_dtype=torch.float32, target_modules=targets
+    )
     adapted: Any = from_layer(linear, 3, lora, [])
     assert isinstance(adapted, AdaptedJoinedLinear)
     wrapper = PunicaWrapperCPU(len(TOKENS), len(TOKENS), "cpu", lora_config=lora)
@@ -77,7 +82,7 @@ def adapted_linear(parts: list[Part], axis: int) -> tuple[Any, Tensor]:
 
 
 def factors(
-    parts: list[Part], axis: int, rank: int, seed: int, left_out: str = ""
+    parts: list[Part], axis: int, rank: int, seed: int, left_out: Collection[str] = ()
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """An adapter as vLLM hands it on: A and B of whole matrices by name, None of what has none."""
     lists: tuple[list[Tensor | None], list[Tensor | None]] = ([], [])
@@ -85,7 +90,7 @@ def factors(
         ins, outs = (WIDTH, size) if axis == 0 else (size, WIDTH)
         pair = values(rank, ins, seed=seed), values(outs, rank, seed=seed + 1)
         for found, factor in zip(lists, pair, strict=True):
-            found.append(None if name == left_out else factor)
+            found.append(None if name in left_out else factor)
     return lists
 
 
@@ -109,7 +114,7 @@ def delta(parts: list[Part], axis: int, given: tuple[list[Any], list[Any]]) -> T
 def test_tokens_get_what_their_adapter_adds_to_a_ranks_share(parts: list[Part], axis: int) -> None:
     linear, weight = adapted_linear(parts, axis)
     first = factors(parts, axis, 6, 1)
-    second = factors(parts, axis, RANK, 2, left_out=parts[0].name if parts is not ONE else "")
+    second = factors(parts, axis, RANK, 2, left_out=[parts[0].name] if parts is not ONE else [])
     x = values(len(TOKENS), weight.shape[1], seed=3)
 
     def check(expected: list[Tensor]) -> None:
@@ -130,11 +135,53 @@ def test_tokens_get_what_their_adapter_adds_to_a_ranks_share(parts: list[Part], 
     check([none, none, delta(parts, axis, second)])
 
 
-def test_what_is_added_to_the_stream_is_what_the_linear_gives() -> None:
-    linear, weight = adapted_linear(WRITES, 1)
-    linear.set_lora(0, *factors(WRITES, 1, RANK, 1))
+@pytest.mark.parametrize("in_place", [False, True])
+def test_both_products_are_added_to_the_stream(
+    in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place as on a GPU, too."""
+    linear, weight = adapted_linear(WRITES, 1, packs=not in_place)
+    monkeypatch.setattr(linear.base_layer, "adds_into", lambda _: in_place)
+    given = factors(WRITES, 1, RANK, 1)
+    linear.set_lora(0, *given)
     a, stream = values(len(TOKENS), weight.shape[1], seed=4), values(len(TOKENS), WIDTH, seed=5)
-    torch.testing.assert_close(linear.add_to(stream.clone(), a), stream + linear(a))
+    exact = stream.double() + a.double() @ weight.T
+    for row, token in enumerate(TOKENS):
+        if token == 1:
+            exact[row] += delta(WRITES, 1, given) @ a[row].double()
+    x = stream.clone()
+    found = linear.add_to(x, a)
+    assert (found is x) == in_place
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("targets", "left_out"),
+    [
+        (["fc1"], ["self_attn.q_proj", "self_attn.k_proj"]),
+        (["q_proj", "k_proj"], ["mlp.fc1"]),
+        (["fc1", "qkv_proj"], []),
+    ],
+)
+def test_only_matrices_that_are_asked_for_are_adapted(
+    targets: list[str], left_out: list[str]
+) -> None:
+    """Of a linear of several, too; and those that vLLM would have stacked by that name."""
+    linear, weight = adapted_linear(READS, 0, targets)
+    linear.set_lora(0, *factors(READS, 0, RANK, 1))
+    change = delta(READS, 0, factors(READS, 0, RANK, 1, left_out))
+    x = values(len(TOKENS), WIDTH, seed=7)
+    exact = x.double() @ weight.T
+    for row, token in enumerate(TOKENS):
+        if token == 1:
+            exact[row] += change @ x[row].double()
+    torch.testing.assert_close(linear(x).double(), exact, rtol=0, atol=2e-4)
+
+
+def test_a_rank_above_the_largest_is_an_error() -> None:
+    linear, _ = adapted_linear(WRITES, 1)
+    with pytest.raises(RuntimeError, match="size"):
+        linear.set_lora(0, *factors(WRITES, 1, 9, 1))
 
 
 @pytest.mark.parametrize("axis", [0, 1])

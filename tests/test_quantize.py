@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import add_adapter, make_adapter
 from conftest import OTHER_CONFIGS, save_tiny
 from oldest import OLDEST
 from rounding import round_joined, round_joined_int8, round_rotations, widened
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import shard
 from test_four_bits import GROUP_SIZES, make_four_bits, make_sliced
 from test_vllm import EAGER, PROMPTS, generate_each, greedy
+from test_vllm_features import PROMPTS as FEATURE_PROMPTS
+from test_vllm_features import run_each
 from torch.testing import assert_close
 
 from sliceserve.slicing.checkpoint import read_checkpoint_summary, read_sliced_config
@@ -189,6 +192,49 @@ def test_vllm_agrees_with_transformers_in_four_bits(
         for other in others:
             for ours, exact in zip(served[name], greedy(other, PROMPTS, 6), strict=True):
                 assert ours["logprobs"] != pytest.approx(exact["logprobs"], abs=3e-2), name
+
+
+def test_adapters_go_with_quantised_linears_and_their_rotations(
+    eight_bits: dict[str, Path],
+    four_bits: dict[str, Path],
+    sliced: dict[str, Path],
+    narrow: dict[str, Path],
+    fp8: Path,
+    tmp_path: Path,
+) -> None:
+    """They read what is not rounded. Requests with and without one share a batch."""
+    eight, four = (make_adapter(path)[0] for path in (sliced["llama-tied"], narrow["llama"]))
+    int8, group = eight_bits["llama-tied"], GROUP_SIZES["llama"]
+    cases: dict[str, tuple[Path, Path, str, Any]] = {
+        "int8": (int8, eight, "float32", partial(round_joined_int8, directory=int8)),
+        "fp8": (fp8, eight, "float32", partial(round_joined, stored=True)),
+        "w4a16": (four_bits["llama"], four, "float16", partial(round_rotations, group=group)),
+    }
+    runs = [
+        (directory, {"adapters": [None, str(adapter)], "options": {"dtype": dtype}})
+        for directory, adapter, dtype, _ in cases.values()
+    ]
+    lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
+    found = run_each(runs, EAGER | lora)
+    for (name, case), result in zip(cases.items(), found, strict=True):
+        directory, adapter, _, rounds = case
+        wide = directory if name == "w4a16" else widened(directory, tmp_path / name)
+
+        def adapted(model: Any, adapter: Path = adapter, rounds: Any = rounds) -> None:
+            add_adapter(model, adapter)
+            rounds(model)
+
+        plain, changed = (
+            greedy(wide, FEATURE_PROMPTS, 2, prepare) for prepare in (rounds, adapted)
+        )
+        assert all(
+            one["tokens"] != other["tokens"] for one, other in zip(plain, changed, strict=True)
+        )
+        # Later ones lie near the middle of two that fp8 has.
+        tolerance = 6e-2 if name == "fp8" else 3e-2
+        for ours, theirs in zip(result["outputs"], plain + changed, strict=True):
+            assert ours["tokens"][:2] == theirs["tokens"], name
+            assert ours["logprobs"][:2] == pytest.approx(theirs["logprobs"], abs=tolerance), name
 
 
 def test_what_needs_the_weights_as_they_were_says_so(

@@ -191,15 +191,16 @@ def test_adapters_give_the_tokens_of_merged_weights(
         check(result["outputs"], plain + changed, name)
 
 
+@pytest.mark.parametrize("name", ["opt", "phi"])
 def test_only_linears_that_are_asked_for_are_adapted(
-    adapted: dict[str, tuple[Path, Path, Path]], tmp_path: Path
+    name: str, adapted: dict[str, tuple[Path, Path, Path]], tmp_path: Path
 ) -> None:
     """`--lora-target-modules` leaves out what an adapter has for others."""
-    sliced, adapter, _ = adapted["opt"]
-    asked = ["q_proj", "k_proj", "v_proj", "out_proj", "fc2"]
+    sliced, adapter, _ = adapted[name]
+    asked = ["q_proj", "k_proj", "v_proj", "out_proj", "dense", "fc2"]
     some = shutil.copytree(adapter, tmp_path / "some")
     factors = load_file(adapter / "adapter_model.safetensors")
-    kept = {name: factor for name, factor in factors.items() if ".fc1." not in name}
+    kept = {path: factor for path, factor in factors.items() if ".fc1." not in path}
     assert 0 < len(kept) < len(factors)
     save_file(kept, some / "adapter_model.safetensors")
     restricted = {"options": {"lora_target_modules": asked}}
