@@ -113,6 +113,7 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
         )
         self.parts = parts
         self.axis = axis
+        self.biased = biased
         self.unrounded: dict[int, Tensor] = {}
         self.quant_method.create_weights(
             self,
@@ -198,6 +199,9 @@ class JoinedLinear(LinearBase):  # type: ignore[misc]  # vLLM is untyped here
             return
         offset, unit = 0, self._unit(kind)
         for part in self.parts:
+            if kind == "bias" and part.name not in self.biased:
+                # A running engine whose weights are loaded anew has them in new memory.
+                param.data.narrow(0, offset, part.span).zero_()
             if part.name == path:
                 # As long as the part in the joined matrix: it is the part, and not the whole.
                 start = 0 if tensor.shape[self.axis] * unit == part.span else part.start

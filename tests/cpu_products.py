@@ -4,6 +4,7 @@ The one of four bits needs AVX-512; in that of eight sums saturate without VNNI.
 vLLM gives to its own, weights repacked and tokens rounded; all else of vLLM is as it is.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -26,11 +27,13 @@ def stand_in_where_needed() -> torch.library.Library | None:
     if hasattr(torch.ops._C, FOUR_BITS):
         return None
     library = torch.library.Library("_C", "FRAGMENT")
+    # vLLM 0.24 has one argument more, of weights whose inputs were sorted; none are here.
+    sorts = "g_idx" in inspect.signature(getattr(ops, FOUR_BITS)).parameters
     library.define(
         f"{FOUR_BITS}(Tensor x, Tensor weight, Tensor(a!) out, Tensor scales, Tensor? zeros, "
-        "Tensor? bias, int pack, str isa) -> ()"
+        f"{'Tensor? g_idx, ' if sorts else ''}Tensor? bias, int pack, str isa) -> ()"
     )
-    library.impl(FOUR_BITS, multiply, "CPU")
+    library.impl(FOUR_BITS, multiply_sorted if sorts else multiply, "CPU")
     return library
 
 
@@ -73,3 +76,17 @@ def multiply(
     dense = numbers * scales.float().repeat_interleave(inputs // scales.shape[0], 0)
     product = x.float() @ dense
     out.copy_(product if bias is None else product + bias)
+
+
+def multiply_sorted(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    g_idx: Tensor | None,
+    *rest: Any,
+) -> None:
+    """Do what `multiply` does, of weights that are in the order of the inputs."""
+    assert g_idx is None
+    multiply(x, weight, out, scales, zeros, *rest)

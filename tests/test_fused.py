@@ -15,11 +15,13 @@ from sliceserve.slicing.architectures import find_architecture
 from sliceserve.slicing.modeling import expected_shapes
 
 
-def one_layer(ranks: list[int | None], dtype: str, work: Path) -> Any:
-    """Make a layer without weights, 64 columns wide."""
+def one_layer(ranks: list[int | None], dtype: str, work: Path, **changes: Any) -> Any:
+    """Make a layer without weights, 64 columns wide, of a config with changes."""
     register()
     widths = [64] * 3
-    sliced = save_sliced(work / "sliced", tiny_config(num_hidden_layers=1), widths, ranks)
+    sliced = save_sliced(
+        work / "sliced", tiny_config(num_hidden_layers=1, **changes), widths, ranks
+    )
     model = ModelConfig(str(sliced), dtype=dtype, skip_tokenizer_init=True)
     config = VllmConfig(model_config=model)
     with one_rank(config, work / "store"):
@@ -58,3 +60,14 @@ def test_ranks_are_filled_up_with_zeros_to_whole_sixteens(tmp_path: Path) -> Non
         assert torch.equal(rows, torch.cat([down, torch.zeros(span - rank, 64)]))
         assert torch.equal(columns, torch.cat([up, torch.zeros(64, span - rank)], 1))
         assert reads.weight[:-span].isnan().all()
+
+
+def test_what_has_no_bias_gets_none_from_new_memory(tmp_path: Path) -> None:
+    """vLLM loads the weights of a running engine anew into memory that it does not empty."""
+    layer = one_layer([20, 5], "float32", tmp_path, attention_bias=True)
+    reads, _ = layer.joined(0)
+    reads.bias.data.fill_(torch.nan)
+    biases = {name: torch.randn(size) for name, size in (("q", 128), ("k", 64), ("v", 64))}
+    for name, bias in biases.items():
+        reads.load(f"self_attn.{name}_proj.bias", bias)
+    assert torch.equal(reads.bias, torch.cat([*biases.values(), torch.zeros(32)]))
