@@ -7,9 +7,8 @@ Phi, on one GPU, eager and compiled with CUDA graphs, and with two GPUs also ten
 pipeline-parallel, it prints the largest difference in logprob of the tokens that vLLM chose, over
 prompts fed to both, and exits with 1 above the tolerance of bfloat16. The same in fp8, int8 and
 four bits, against Transformers rounding alike in float32, and with what servers are started with:
-float16, a KV cache in fp8, another attention, weights on the CPU, after a sleep; and of requests
-with a LoRA adapter, against merged weights in float32. Then, tensor-parallel, the all-reduces of
-one step, dense and sliced.
+float16, a KV cache in fp8, another attention, weights on the CPU, after a sleep, LoRA adapters for
+half of the requests. Then, tensor-parallel, the all-reduces of one step, dense and sliced.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapters import make_adapter
+from adapters import add_adapter, make_adapter
 from conftest import save_tiny, tiny_config
 from rounding import round_joined, round_joined_int8, round_rotations, widened
 from test_vllm import generate_each, read_results, run_script, run_vllm
@@ -96,13 +95,16 @@ def difference(reference: Any, results: list[dict[str, Any]]) -> float:
     return worst
 
 
-def load_reference(name: str, directory: Path) -> Any:
+def load_reference(name: str, directory: Path, adapter: Path | None = None) -> Any:
     """Load what vLLM is compared with: Transformers, rounding alike where something is rounded."""
     stored = directory
     if name in TOLERANCES:
-        directory = widened(directory, directory.with_name(f"{name}-wide"))
+        wide = f"{name}-wide-adapted" if adapter else f"{name}-wide"
+        directory = widened(directory, directory.with_name(wide))
     dtype = torch.float32 if name in QUANTISED else torch.bfloat16
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    if adapter:
+        add_adapter(model, adapter)
     if name == "fp8":
         round_joined(model, stored=True)
     elif name == "int8":
@@ -112,22 +114,28 @@ def load_reference(name: str, directory: Path) -> Any:
     return model.cuda().eval()
 
 
-def run_adapted(
-    models: dict[str, Path], references: dict[str, Any], settings: dict[str, Any]
-) -> dict[str, tuple[Any, list[dict[str, Any]]]]:
-    """Generate, with an adapter for a half of each batch; return references and results by name."""
-    made = [make_adapter(path, 0.05) for path in models.values()]
-    runs = [{"adapters": [None, str(adapter)]} for adapter, _ in made]
+def make_adapters(models: dict[str, Path]) -> dict[str, Path]:
+    """Make an adapter of each model; quantised ones share that of what they were made from."""
+    bases = {
+        name: path.with_name("low-rank-sliced") if name in QUANTISED else path
+        for name, path in models.items()
+    }
+    made = {base: make_adapter(base, 0.05)[0] for base in set(bases.values())}
+    return {name: made[base] for name, base in bases.items()}
+
+
+def generate_adapted(
+    models: dict[str, Path], adapters: dict[str, Path], settings: dict[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Generate without an adapter and with it, in one batch; return both by model."""
+    runs = [{"adapters": [None, str(adapters[name])]} for name in models]
     request = {"prompts": PROMPTS, "tokens": 32, "runs": runs}
     run = run_script("vllm_features.py", list(models.values()), request, settings)
-    found = {}
-    results = read_results(run, len(models))
-    for name, (_, merged), result in zip(models, made, results, strict=True):
-        without, with_one = result["outputs"][: len(PROMPTS)], result["outputs"][len(PROMPTS) :]
-        model: Any = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
-        found[name] = (references[name], without)
-        found[f"{name}, adapted"] = (model.cuda().eval(), with_one)
-    return found
+    results = [found["outputs"] for found in read_results(run, len(models))]
+    count = len(PROMPTS)
+    return {
+        name: (result[:count], result[count:]) for name, result in zip(models, results, strict=True)
+    }
 
 
 def make_models(work: Path, names: list[str]) -> dict[str, Path]:
@@ -171,6 +179,9 @@ def main() -> int:
     arguments = parser.parse_args()
     models = make_models(arguments.work, arguments.models)
     references = {name: load_reference(name, directory) for name, directory in models.items()}
+    adapting = any(layout.startswith("adapter") for layout in arguments.layouts)
+    adapters = make_adapters(models) if adapting else {}
+    adapted = {name: load_reference(name, models[name], one) for name, one in adapters.items()}
     passed = True
     for layout in arguments.layouts:
         settings = {
@@ -181,8 +192,10 @@ def main() -> int:
         # A process has one engine that can sleep.
         apart = [[one] for one in models.values()] if layout == "asleep" else [[*models.values()]]
         if layout.startswith("adapter"):
-            plain = {name: path for name, path in models.items() if name not in QUANTISED}
-            compared = run_adapted(plain, references, settings) if plain else {}
+            compared = {}
+            for name, (without, having) in generate_adapted(models, adapters, settings).items():
+                compared[name] = (references[name], without)
+                compared[f"{name}, adapted"] = (adapted[name], having)
         else:
             results = [
                 result
@@ -193,7 +206,7 @@ def main() -> int:
             compared = dict(zip(models, pairs, strict=True))
         for name, (reference, result) in compared.items():
             found = difference(reference, result)
-            tolerance = max(TOLERANCES.get(one, TOLERANCE) for one in (name, layout))
+            tolerance = max(TOLERANCES.get(one, TOLERANCE) for one in (name.split(",")[0], layout))
             passed = passed and found <= tolerance
             print(
                 f"{layout}, {name}: largest logprob difference {found:.4f}, tolerance {tolerance}",
