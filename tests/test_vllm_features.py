@@ -191,13 +191,12 @@ def test_adapters_give_the_tokens_of_merged_weights(
         check(result["outputs"], plain + changed, name)
 
 
-@pytest.mark.parametrize("name", ["opt", "phi"])
 def test_only_linears_that_are_asked_for_are_adapted(
-    name: str, adapted: dict[str, tuple[Path, Path, Path]], tmp_path: Path
+    adapted: dict[str, tuple[Path, Path, Path]], tmp_path: Path
 ) -> None:
-    """`--lora-target-modules` leaves out what an adapter has for others."""
-    sliced, adapter, _ = adapted[name]
-    asked = ["q_proj", "k_proj", "v_proj", "out_proj", "dense", "fc2"]
+    """`--lora-target-modules` leaves out what an adapter has for others, joined ones too."""
+    sliced, adapter, _ = adapted["phi"]
+    asked = ["q_proj", "k_proj", "v_proj", "dense", "fc2"]
     some = shutil.copytree(adapter, tmp_path / "some")
     factors = load_file(adapter / "adapter_model.safetensors")
     kept = {path: factor for path, factor in factors.items() if ".fc1." not in path}
