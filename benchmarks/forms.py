@@ -355,6 +355,8 @@ def main() -> int:
             parser.error(f"--quantization {name}: a scheme is one of {', '.join(SCHEMES)}")
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: at least 1")
+    if options.adapter is not None and options.adapter < 1:
+        parser.error(f"--adapter {options.adapter}: at least 1")
     needed = max(options.tensor_parallel * options.pipeline_parallel, options.fewer or 1)
     if needed > (found := len(visible_gpus(options.gpus))):
         parser.error(f"--gpus {options.gpus}: a row needs {needed} and {found} can be used")

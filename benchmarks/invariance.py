@@ -5,7 +5,8 @@
 vLLM promises answers that do not where VLLM_BATCH_INVARIANT=1. Each model answers prompts of many
 lengths greedily, one at a time and then all at once, in a process of its own for each setting; the
 table says how many answers had the same tokens, and how many the same logprobs to the last bit.
-Token ids are below 250, so that models of any vocabulary will do.
+Token ids are below 250, so that models of any vocabulary will do. It wants a GPU: on CPUs vLLM 0.32
+has no kernels for its switch.
 """
 
 import argparse

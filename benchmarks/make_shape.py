@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sliceserve.slicing.architectures import find_architecture
 from sliceserve.slicing.config import sliced_config
+from sliceserve.slicing.finetune import adapted_linears
 from sliceserve.slicing.modeling import SlicedConfig, expected_shapes
 from sliceserve.slicing.rotations import default_rank
 from sliceserve.slicing.shape import sliced_width
@@ -80,7 +81,7 @@ def write_adapter(directory: Path, rank: int) -> None:
         model: Any = AutoModelForCausalLM.from_config(config)
     name = config.description.architecture if isinstance(config, SlicedConfig) else None
     architecture = find_architecture(name or config.architectures[0])
-    linears = [path for part in architecture.sublayers for path in (*part.reads, *part.writes)]
+    linears = adapted_linears(architecture)
     generator = torch.Generator().manual_seed(0)
     factors = {}
     for path, module in model.named_modules():
@@ -94,8 +95,7 @@ def write_adapter(directory: Path, rank: int) -> None:
     adapter = adapter_of(directory, rank)
     adapter.mkdir(exist_ok=True)
     save_file(factors, adapter / "adapter_model.safetensors")
-    targets = sorted({path.rsplit(".", 1)[-1] for path in linears})
-    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets}
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": linears}
     (adapter / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 

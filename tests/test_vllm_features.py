@@ -150,8 +150,8 @@ def test_adapters_of_another_width_or_place_are_refused(
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path, Path]]:
     """Sliced models, adapters of them, and the two merged."""
     models = {}
-    models_forms = {"llama-tied": "low-rank", "opt": "whole", "phi3": "shared", "phi": "low-rank"}
-    for name, form in models_forms.items():
+    chosen = {"llama-tied": "low-rank", "opt": "whole", "phi3": "shared", "phi": "low-rank"}
+    for name, form in chosen.items():
         work = tmp_path_factory.mktemp(name)
         dense = save_tiny(work / "dense", OTHER_CONFIGS[name], torch.float32)
         sliced = slice_tiny(dense, "sliced", **FORMS[form])
@@ -164,6 +164,9 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, P
     [
         pytest.param(["llama-tied", "opt", "phi3", "phi"], EAGER, False, id="eager"),
         pytest.param(["llama-tied", "phi3", "phi"], EAGER, True, id="fused-as-on-a-gpu"),
+        pytest.param(
+            ["llama-tied"], EAGER | {"fully_sharded_loras": True}, False, id="rotations-beside"
+        ),
         pytest.param(
             ["llama-tied", "phi"],
             {"tensor_parallel_size": 2},
