@@ -6,15 +6,18 @@ DIR needs a config only, as `forms.py` and `make_shape.py` write it: the weights
 each load the microseconds a step, by the clock and in kernels, and for each kernel those, how many
 times it runs in a step, the microseconds of one run, and its name. The clock is read in the run
 whose kernels are recorded, and in one without a recording: a GPU at its limit of power slows down
-while it runs, so that kernels do not take the same time in both.
+while it runs, so that kernels do not take the same time in both. With `--adapter RANK` every
+request uses a LoRA adapter of that rank, of every linear of the layers.
 """
 
 import argparse
 import os
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+from make_shape import adapter_of, write_adapter
 from torch.profiler import ProfilerActivity, profile
 
 INPUT, STEPS, SHOWN = 128, 16, 25
@@ -28,7 +31,7 @@ LOADS = (
 
 
 def kernel_times(
-    llm: Any, prompts: int, length: int, output: int
+    llm: Any, prompts: int, length: int, output: int, adapter: Any
 ) -> tuple[list[float], Counter[str], Counter[str]]:
     """Return seconds by the clock, without and with recording, and kernels' runs and µs."""
     from vllm import SamplingParams
@@ -38,13 +41,13 @@ def kernel_times(
         {"prompt_token_ids": [(7 * place + 31 * prompt) % 32000 for place in range(length)]}
         for prompt in range(prompts)
     ]
-    llm.generate(batch, sampling, use_tqdm=False)
+    llm.generate(batch, sampling, use_tqdm=False, lora_request=adapter)
     clocks = [time.perf_counter()]
-    llm.generate(batch, sampling, use_tqdm=False)
+    llm.generate(batch, sampling, use_tqdm=False, lora_request=adapter)
     clocks[0] = time.perf_counter() - clocks[0]
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         clocks.append(time.perf_counter())
-        llm.generate(batch, sampling, use_tqdm=False)
+        llm.generate(batch, sampling, use_tqdm=False, lora_request=adapter)
         clocks[1] = time.perf_counter() - clocks[1]
     runs: Counter[str] = Counter()
     times: Counter[str] = Counter()
@@ -57,18 +60,28 @@ def kernel_times(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("directory", metavar="DIR")
+    parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument(
         "--quantization", help="of the linears, by vLLM while it loads: fp8_per_channel"
     )
+    parser.add_argument("--adapter", type=int, metavar="RANK", help="of LoRA, in every request")
     options = parser.parse_args()
+    if options.adapter is not None and options.adapter < 1:
+        parser.error(f"--adapter {options.adapter}: at least 1")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the profiler sees this process only
     from vllm import LLM
+    from vllm.lora.request import LoRARequest
 
     from sliceserve.server.dummies import keep_stream
 
+    adapter, lora = None, {}
+    if options.adapter:
+        write_adapter(options.directory, options.adapter)
+        path = adapter_of(options.directory, options.adapter)
+        adapter = LoRARequest("adapter", 1, str(path))
+        lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": options.adapter}
     llm = LLM(
-        model=options.directory,
+        model=str(options.directory),
         load_format="dummy",
         dtype="bfloat16",
         quantization=options.quantization,
@@ -76,12 +89,13 @@ def main() -> None:
         max_num_batched_tokens=8192,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
+        **lora,
     )
     llm.apply_model(keep_stream)
     for name, prompts, length, steps in LOADS:
-        clocks, runs, times = kernel_times(llm, prompts, length, steps + 1)
+        clocks, runs, times = kernel_times(llm, prompts, length, steps + 1, adapter)
         if steps:
-            firsts, first_runs, first_times = kernel_times(llm, prompts, length, 1)
+            firsts, first_runs, first_times = kernel_times(llm, prompts, length, 1, adapter)
             clocks = [clock - first for clock, first in zip(clocks, firsts, strict=True)]
             runs.subtract(first_runs)
             times.subtract(first_times)

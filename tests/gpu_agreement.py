@@ -1,12 +1,12 @@
-"""On a machine with GPUs: slice there, and compare vLLM with Transformers in bfloat16.
+"""On a machine with GPUs: slice there, and compare vLLM in bfloat16 with Transformers in float32.
 
     python tests/gpu_agreement.py WORK_DIR [--layouts eager compiled] [--models low-rank fp8]
 
 Not collected by pytest, which must pass without a GPU. For a Llama with each form of rotation and a
 Phi, on one GPU, eager and compiled with CUDA graphs, and with two GPUs also tensor-parallel and
-pipeline-parallel, it prints the largest difference in logprob of the tokens that vLLM chose, over
-prompts fed to both, and exits with 1 above the tolerance of bfloat16. The same in fp8, int8 and
-four bits, against Transformers rounding alike in float32, and with what servers are started with:
+pipeline-parallel, it prints the largest and the mean difference in logprob of the tokens that vLLM
+chose, over prompts fed to both, and exits with 1 above the tolerance of bfloat16. The same in fp8,
+int8 and four bits, against Transformers rounding alike, and with what servers are started with:
 float16, a KV cache in fp8, another attention, weights on the CPU, after a sleep, LoRA adapters for
 half of the requests. Then, tensor-parallel, the all-reduces of one step, dense and sliced.
 """
@@ -14,13 +14,14 @@ half of the requests. Then, tensor-parallel, the all-reduces of one step, dense 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from adapters import add_adapter, make_adapter
 from conftest import save_tiny, tiny_config
 from rounding import round_joined, round_joined_int8, round_rotations, widened
 from test_vllm import generate_each, read_results, run_script, run_vllm
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PhiConfig, PreTrainedConfig
 
 from sliceserve.slicing.job import PAPER, SliceOptions, run_slice
@@ -28,9 +29,24 @@ from sliceserve.slicing.quantised import SCHEMES
 from sliceserve.slicing.quantize import QuantizeOptions, run_quantize
 from sliceserve.slicing.report import describe
 
-TOLERANCE = 0.1  # in bfloat16
+
+class Tolerance(NamedTuple):
+    """How far logprobs may be from those of Transformers.
+
+    The mean is what tells: of one linear whose adapter is left out, more than the largest does.
+    """
+
+    largest: float
+    mean: float
+
+
+TOLERANCE = Tolerance(0.1, 0.03)  # in bfloat16
 # bfloat16 moves values across the middle of two steps; Transformers does not round its cache.
-TOLERANCES = {"fp8": 0.5, "int8": 0.3, "fp8-cache": 0.5}
+TOLERANCES = {
+    "fp8": Tolerance(0.5, 0.15),
+    "int8": Tolerance(0.5, 0.08),
+    "fp8-cache": Tolerance(0.5, 0.15),
+}
 PROMPTS = [[1, 2, 3, 4, 5], list(range(200)), [7, 9, 11] * 20]
 FORMS: dict[str, dict[str, Any]] = {
     "whole": dict(PAPER),
@@ -42,6 +58,12 @@ FORMS: dict[str, dict[str, Any]] = {
 QUANTISED = ["fp8", "int8", "w4a16"]  # of the low-rank form
 MODELS = [*FORMS, "phi", *QUANTISED]
 
+# So little that several may share a GPU.
+COMMON: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "max_model_len": 512,
+    "kv_cache_memory_bytes": 2**30,
+}
 ADAPTERS: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
@@ -82,17 +104,17 @@ def make_dense(directory: Path, config: PreTrainedConfig) -> Path:
 
 
 @torch.no_grad()
-def difference(reference: Any, results: list[dict[str, Any]]) -> float:
-    """Return the largest difference between vLLM's logprobs and those of Transformers."""
-    worst = 0.0
+def differences(reference: Any, results: list[dict[str, Any]]) -> Tensor:
+    """Return how far vLLM's logprobs are from those of Transformers, of each token."""
+    found = []
     for prompt, result in zip(PROMPTS, results, strict=True):
         ids = torch.tensor([prompt + result["tokens"]], device="cuda")
         scores = reference(input_ids=ids).logits[0].float().log_softmax(-1)
         for offset, (token, logprob) in enumerate(
             zip(result["tokens"], result["logprobs"], strict=True)
         ):
-            worst = max(worst, abs(scores[len(prompt) + offset - 1, token].item() - logprob))
-    return worst
+            found.append(abs(scores[len(prompt) + offset - 1, token].item() - logprob))
+    return torch.tensor(found)
 
 
 def load_reference(name: str, directory: Path, adapter: Path | None = None) -> Any:
@@ -101,8 +123,7 @@ def load_reference(name: str, directory: Path, adapter: Path | None = None) -> A
     if name in TOLERANCES:
         wide = f"{name}-wide-adapted" if adapter else f"{name}-wide"
         directory = widened(directory, directory.with_name(wide))
-    dtype = torch.float32 if name in QUANTISED else torch.bfloat16
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     if adapter:
         add_adapter(model, adapter)
     if name == "fp8":
@@ -184,11 +205,7 @@ def main() -> int:
     adapted = {name: load_reference(name, models[name], one) for name, one in adapters.items()}
     passed = True
     for layout in arguments.layouts:
-        settings = {
-            "dtype": "bfloat16",
-            "max_model_len": 512,
-            "gpu_memory_utilization": 0.3,
-        } | LAYOUTS[layout]
+        settings = COMMON | LAYOUTS[layout]
         # A process has one engine that can sleep.
         apart = [[one] for one in models.values()] if layout == "asleep" else [[*models.values()]]
         if layout.startswith("adapter"):
@@ -205,17 +222,19 @@ def main() -> int:
             pairs = zip(references.values(), results, strict=True)
             compared = dict(zip(models, pairs, strict=True))
         for name, (reference, result) in compared.items():
-            found = difference(reference, result)
-            tolerance = max(TOLERANCES.get(one, TOLERANCE) for one in (name.split(",")[0], layout))
-            passed = passed and found <= tolerance
+            found = differences(reference, result)
+            largest, mean = found.max().item(), found.mean().item()
+            bound = max(TOLERANCES.get(one, TOLERANCE) for one in (name.split(",")[0], layout))
+            passed = passed and largest <= bound.largest and mean <= bound.mean
             print(
-                f"{layout}, {name}: largest logprob difference {found:.4f}, tolerance {tolerance}",
+                f"{layout}, {name}: logprobs differ by at most {largest:.4f} (tolerance "
+                f"{bound.largest}), by {mean:.4f} in the mean (tolerance {bound.mean})",
                 flush=True,
             )
     forms = {name: path for name, path in models.items() if name in FORMS}
     if "tensor-parallel" in arguments.layouts and forms:
         counted = {"dense": arguments.work / "llama"} | forms
-        options = {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.3, "enforce_eager": True}
+        options = COMMON | {"tensor_parallel_size": 2, "enforce_eager": True}
         run = run_vllm(list(counted.values()), PROMPTS, 1, options, [{}] * len(counted), count=True)
         counts = [found["all_reduces"] for found in read_results(run, len(counted))]
         print("all-reduces a step, each rank:", dict(zip(counted, counts, strict=True)))
