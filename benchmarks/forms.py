@@ -6,10 +6,11 @@
         --fewer 1 --gpus 2
 
 Every row runs in a process of its own, forked from one that has imported vLLM, and is kept in
-OUT/rows.jsonl, so that a run that was stopped goes on where it was; the table comes last, with the
-ratio to the first row of the same shape and quantisation in parentheses. `--fewer N` adds the
-sliced models on N GPUs; `--gpus` says how many this machine has (the first of CUDA_VISIBLE_DEVICES,
-where that is set): rows that need fewer run beside each other.
+OUT/rows.jsonl, so that a run that was stopped goes on where it was (give another OUT with another
+--rank, --round-to or --gpu-memory-utilization); the table comes last, with the ratio to the first
+row of the same shape and quantisation in parentheses. `--fewer N` adds the sliced models on N GPUs;
+`--gpus` says how many this machine has (the first of CUDA_VISIBLE_DEVICES, where that is set): rows
+that need fewer run beside each other.
 `--quantization` takes what vLLM quantises by while it loads (fp8_per_channel, …), and stored-int8,
 stored-w4a16 and stored-fp8 for what `sliceserve quantize` stores. With `--adapter RANK` every
 request uses a LoRA adapter of that rank, of every linear of the layers.
@@ -314,7 +315,8 @@ def table(rows: list[Row], done: dict[str, Any]) -> str:
                 cells.append("")
             elif isinstance(value, float):
                 text = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-                cells.append(text if values is first else f"{text} ({value / first[key]:.3f})")
+                same = values is first or key not in first
+                cells.append(text if same else f"{text} ({value / first[key]:.3f})")
             else:
                 cells.append(value if isinstance(value, str) else f"{value:,}")
         lines.append(f"| {' | '.join(cells)} |")

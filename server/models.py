@@ -181,7 +181,10 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
         self.model = SlicedModel(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), shapes=self.shapes
         )
-        if vllm_config.lora_config is not None:
+        lora_config = vllm_config.lora_config
+        if lora_config is not None:
+            if lora_config.target_modules is not None:
+                lora_config.target_modules = with_vllm_names(lora_config.target_modules)
             packed, renamed = adapt_joined(self.model)
             self.packed_modules_mapping |= packed
             self.hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr=renamed | RENAMED)
@@ -328,3 +331,11 @@ def rename(name: str) -> str:
     for old, new in RENAMED.items():
         name = name.replace(old, new)
     return name
+
+
+def with_vllm_names(targets: list[str]) -> list[str]:
+    """Return last names of matrices, and what vLLM's modules of attention have in their place."""
+    before, after = ".self_attn.", "."
+    renamed = [rename(f"{before}{one}{after}") for one in targets]
+    own = (one.removeprefix(before).removesuffix(after) for one in renamed)
+    return list(dict.fromkeys([*targets, *own]))

@@ -31,9 +31,10 @@ from sliceserve.slicing.report import describe
 
 
 class Tolerance(NamedTuple):
-    """How far logprobs may be from those of Transformers.
+    """How far logprobs may be from those of Transformers, of one token and in the mean.
 
-    The mean is what tells: of one linear whose adapter is left out, more than the largest does.
+    The mean tells more: one linear whose adapter is left out moves it further than what rounding
+    alone does, and the largest not always.
     """
 
     largest: float
@@ -62,6 +63,7 @@ MODELS = [*FORMS, "phi", *QUANTISED]
 COMMON: dict[str, Any] = {
     "dtype": "bfloat16",
     "max_model_len": 512,
+    "gpu_memory_utilization": 0.3,  # has to be free
     "kv_cache_memory_bytes": 2**30,
 }
 ADAPTERS: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}

@@ -51,7 +51,7 @@ def values(*shape: int, seed: int = 0) -> Tensor:
 
 
 def whole_sizes(parts: list[Part]) -> dict[str, int]:
-    """The length of each whole matrix along the axis that is joined, of which a half is held."""
+    """The length of each whole matrix along the axis that is joined, of which a part is held."""
     return {part.name: 2 * part.start + 48 for part in parts}
 
 

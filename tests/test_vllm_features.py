@@ -205,13 +205,15 @@ def test_only_linears_that_are_asked_for_are_adapted(
     kept = {path: factor for path, factor in factors.items() if ".fc1." not in path}
     assert 0 < len(kept) < len(factors)
     save_file(kept, some / "adapter_model.safetensors")
-    restricted = {"options": {"lora_target_modules": asked}}
+    restricted = {"lora_target_modules": asked}
+    beside = restricted | {"fully_sharded_loras": True}
     runs = [
         (sliced, {"adapters": [str(some)]}),
-        (sliced, {"adapters": [str(adapter)]} | restricted),
         (sliced, {"adapters": [str(adapter)]}),
+        *((sliced, {"adapters": [str(adapter)], "options": one}) for one in (restricted, beside)),
     ]
     lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
-    fewer, left_out, all_of_it = (found["outputs"] for found in run_each(runs, EAGER | lora))
-    check(left_out, fewer, "restricted")
+    fewer, all_of_it, *left_out = (found["outputs"] for found in run_each(runs, EAGER | lora))
+    for found, name in zip(left_out, ("joined", "rotations beside"), strict=True):
+        check(found, fewer, name)
     assert [one["tokens"] for one in all_of_it] != [one["tokens"] for one in fewer]
