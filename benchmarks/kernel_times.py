@@ -68,6 +68,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.adapter is not None and options.adapter < 1:
         parser.error(f"--adapter {options.adapter}: at least 1")
+    if not (options.directory / "config.json").is_file():
+        parser.error(f"DIR {options.directory}: has no config.json")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the profiler sees this process only
     from vllm import LLM
     from vllm.lora.request import LoRARequest
