@@ -28,7 +28,13 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from make_shape import ROTATIONS, adapter_of, write_adapter, write_dense_shape, write_sliced_shape
+from make_shape import (
+    ROTATIONS,
+    adapter_options,
+    write_adapter,
+    write_dense_shape,
+    write_sliced_shape,
+)
 from shapes import SHAPES
 from tqdm import tqdm
 
@@ -95,14 +101,10 @@ def measure(row: Row, utilization: float, full: bool, repeats: int) -> dict[str,
     # What is sent to the workers is a function.
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
 
     from sliceserve.server.dummies import keep_stream
 
-    adapter, options = None, {}
-    if row.adapter:
-        adapter = LoRARequest("adapter", 1, str(adapter_of(row.directory, row.adapter)))
-        options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": row.adapter}
+    adapter, options = adapter_options(row.directory, row.adapter)
     start = time.perf_counter()
     llm = LLM(
         model=str(row.directory),

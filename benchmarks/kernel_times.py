@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from make_shape import adapter_of, write_adapter
+from make_shape import adapter_options, write_adapter
 from torch.profiler import ProfilerActivity, profile
 
 INPUT, STEPS, SHOWN = 128, 16, 25
@@ -72,16 +72,12 @@ def main() -> None:
         parser.error(f"DIR {options.directory}: has no config.json")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the profiler sees this process only
     from vllm import LLM
-    from vllm.lora.request import LoRARequest
 
     from sliceserve.server.dummies import keep_stream
 
-    adapter, lora = None, {}
     if options.adapter:
         write_adapter(options.directory, options.adapter)
-        path = adapter_of(options.directory, options.adapter)
-        adapter = LoRARequest("adapter", 1, str(path))
-        lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": options.adapter}
+    adapter, lora = adapter_options(options.directory, options.adapter)
     llm = LLM(
         model=str(options.directory),
         load_format="dummy",

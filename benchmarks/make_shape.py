@@ -68,6 +68,16 @@ def adapter_of(directory: Path, rank: int) -> Path:
     return directory / f"adapter-{rank}"
 
 
+def adapter_options(directory: Path, rank: int | None) -> tuple[Any, dict[str, Any]]:
+    """Return vLLM's request for a model's adapter and the engine's options; none without a rank."""
+    if rank is None:
+        return None, {}
+    from vllm.lora.request import LoRARequest
+
+    request = LoRARequest("adapter", 1, str(adapter_of(directory, rank)))
+    return request, {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+
+
 def write_adapter(directory: Path, rank: int) -> None:
     """Write a LoRA adapter of every linear of a model's layers, as peft does.
 

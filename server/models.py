@@ -42,10 +42,9 @@ from sliceserve.slicing.quantised import Scheme, quantised_scheme, stored_shapes
 from sliceserve.slicing.weights import compare_shapes
 
 # Checkpoints carry the base model's names; vLLM's modules have one name for all architectures.
-RENAMED = {
-    "model.decoder.": "model.",
-    ".self_attn.dense.": ".self_attn.o_proj.",
-    ".self_attn.out_proj.": ".self_attn.o_proj.",
+OUTPUTS = {"dense": "o_proj", "out_proj": "o_proj"}
+RENAMED = {"model.decoder.": "model."} | {
+    f".self_attn.{name}.": f".self_attn.{own}." for name, own in OUTPUTS.items()
 }
 STORED_WEIGHT = ("weight_packed", "weight_scale", "weight_shape")
 STACKED: dict[str, tuple[str, str | int]] = {
@@ -183,8 +182,9 @@ class SlicedForCausalLM(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[mi
         )
         lora_config = vllm_config.lora_config
         if lora_config is not None:
-            if lora_config.target_modules is not None:
-                lora_config.target_modules = with_vllm_names(lora_config.target_modules)
+            if (targets := lora_config.target_modules) is not None:
+                own = {OUTPUTS.get(name, name) for name in targets}
+                lora_config.target_modules = sorted({*targets} | own)
             packed, renamed = adapt_joined(self.model)
             self.packed_modules_mapping |= packed
             self.hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr=renamed | RENAMED)
@@ -331,11 +331,3 @@ def rename(name: str) -> str:
     for old, new in RENAMED.items():
         name = name.replace(old, new)
     return name
-
-
-def with_vllm_names(targets: list[str]) -> list[str]:
-    """Return last names of matrices, and what vLLM's modules of attention have in their place."""
-    before, after = ".self_attn.", "."
-    renamed = [rename(f"{before}{one}{after}") for one in targets]
-    own = (one.removeprefix(before).removesuffix(after) for one in renamed)
-    return list(dict.fromkeys([*targets, *own]))

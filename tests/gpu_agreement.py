@@ -1,6 +1,7 @@
 """On a machine with GPUs: slice there, and compare vLLM in bfloat16 with Transformers in float32.
 
-    python tests/gpu_agreement.py WORK_DIR [--layouts eager compiled] [--models low-rank fp8]
+    PYTHONPATH=benchmarks python tests/gpu_agreement.py WORK_DIR [--layouts eager compiled] \\
+        [--models low-rank fp8]
 
 Not collected by pytest, which must pass without a GPU. For a Llama with each form of rotation and a
 Phi, on one GPU, eager and compiled with CUDA graphs, and with two GPUs also tensor-parallel and
@@ -33,8 +34,8 @@ from sliceserve.slicing.report import describe
 class Tolerance(NamedTuple):
     """How far logprobs may be from those of Transformers, of one token and in the mean.
 
-    The mean tells more: one linear whose adapter is left out moves it further than what rounding
-    alone does, and the largest not always.
+    The mean tells more (`rounding_noise.py`): one linear whose adapter is left out moves it further
+    than rounding does, and the largest not always.
     """
 
     largest: float
@@ -45,7 +46,7 @@ TOLERANCE = Tolerance(0.1, 0.03)  # in bfloat16
 # bfloat16 moves values across the middle of two steps; Transformers does not round its cache.
 TOLERANCES = {
     "fp8": Tolerance(0.5, 0.15),
-    "int8": Tolerance(0.5, 0.08),
+    "int8": Tolerance(0.3, 0.08),
     "fp8-cache": Tolerance(0.5, 0.15),
 }
 PROMPTS = [[1, 2, 3, 4, 5], list(range(200)), [7, 9, 11] * 20]

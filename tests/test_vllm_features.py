@@ -194,12 +194,13 @@ def test_adapters_give_the_tokens_of_merged_weights(
         check(result["outputs"], plain + changed, name)
 
 
+@pytest.mark.parametrize("name", ["opt", "phi"])
 def test_only_linears_that_are_asked_for_are_adapted(
-    adapted: dict[str, tuple[Path, Path, Path]], tmp_path: Path
+    name: str, adapted: dict[str, tuple[Path, Path, Path]], tmp_path: Path
 ) -> None:
     """`--lora-target-modules` leaves out what an adapter has for others, joined ones too."""
-    sliced, adapter, _ = adapted["phi"]
-    asked = ["q_proj", "k_proj", "v_proj", "dense", "fc2"]
+    sliced, adapter, _ = adapted[name]
+    asked = ["q_proj", "k_proj", "v_proj", "out_proj", "dense", "fc2"]
     some = shutil.copytree(adapter, tmp_path / "some")
     factors = load_file(adapter / "adapter_model.safetensors")
     kept = {path: factor for path, factor in factors.items() if ".fc1." not in path}
@@ -214,6 +215,6 @@ def test_only_linears_that_are_asked_for_are_adapted(
     ]
     lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
     fewer, all_of_it, *left_out = (found["outputs"] for found in run_each(runs, EAGER | lora))
-    for found, name in zip(left_out, ("joined", "rotations beside"), strict=True):
-        check(found, fewer, name)
+    for found, form in zip(left_out, ("joined", "rotations beside"), strict=True):
+        check(found, fewer, f"{name}, {form}")
     assert [one["tokens"] for one in all_of_it] != [one["tokens"] for one in fewer]
